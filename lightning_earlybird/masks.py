@@ -51,7 +51,7 @@ class TicketMask:
     @property
     def sparsity(self) -> float:
         """Achieved sparsity: the fraction of channels removed over all groups."""
-        return 1 - self.num_kept / self.num_channels
+        return (self.num_channels - self.num_kept) / self.num_channels
 
     def flat(self) -> Tensor:
         """All groups in a row.

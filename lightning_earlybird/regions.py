@@ -32,7 +32,7 @@ class TimestepRegion:
 
     def __post_init__(self) -> None:
         for name in ("start", "stop", "sparsity"):
-            _check_number(f"TimestepRegion({name}=...)", getattr(self, name))
+            _check_number(name, getattr(self, name))
         if not self.start < self.stop:
             raise ValueError(
                 f"TimestepRegion(start={self.start!r}, stop={self.stop!r}) is empty: start must be below stop, "
@@ -314,7 +314,7 @@ def _check_neighbours(lower: TimestepRegion, upper: TimestepRegion, index: int) 
 
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ValueError(f"{name} is {value!r}, but must be a number (and not NaN).")
+        raise ValueError(f"{name}={value!r} must be a plain int or float and not NaN; an open end is -inf or inf.")
 
 
 def _interval(region: TimestepRegion) -> str:
