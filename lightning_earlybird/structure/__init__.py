@@ -1,0 +1,21 @@
+"""The structure engine: which channels a denoiser has, and smaller networks made of some of them. The one place that edits modules."""
+
+from lightning_earlybird.structure.adapters import attribute_edits
+from lightning_earlybird.structure.extract import TicketSlicer, extract, resize_
+from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
+from lightning_earlybird.structure.trace import trace_plan
+from lightning_earlybird.structure.verify import Verification, verify_plan
+
+__all__ = [
+    "ChannelGroup",
+    "ChannelPlan",
+    "FrozenChannels",
+    "StructureError",
+    "TicketSlicer",
+    "Verification",
+    "attribute_edits",
+    "extract",
+    "resize_",
+    "trace_plan",
+    "verify_plan",
+]

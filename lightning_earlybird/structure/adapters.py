@@ -1,0 +1,138 @@
+"""Modules that keep a width as a plain attribute, and what that attribute must be once their tensors have changed shape.
+
+Types are matched by class name along the method resolution order, so that diffusers is not imported. To support a further module, add an entry.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+AttributeValue = int | tuple[int, ...]
+Attributes = dict[str, AttributeValue]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one type of module is repaired.
+
+    Attributes:
+        names: The attributes that may change; nothing else is ever written, from a trace or from a file.
+        repair: (module with its new tensors, dense original, new input width or None) -> values for some of ``names``.
+        input_dim: Which dimension of the module's first input holds channels, for modules whose own tensors do not tell the width.
+    """
+
+    names: tuple[str, ...]
+    repair: Callable[[Any, Any, int | None], Attributes]
+    input_dim: int | None = None
+
+
+def largest_divisor(width: int, at_most: int) -> int:
+    """The largest divisor of ``width`` that does not exceed ``at_most``."""
+    return next(divisor for divisor in range(min(width, at_most), 0, -1) if width % divisor == 0)
+
+
+def _conv(new: Any, dense: Any, width: int | None) -> Attributes:
+    # A depthwise convolution has one group a channel; every other grouping is left alone (its channels are frozen).
+    groups = new.weight.shape[0] if dense.groups > 1 and dense.groups == dense.in_channels == dense.out_channels else dense.groups
+    first, second = new.weight.shape[0], new.weight.shape[1] * groups
+    inputs, outputs = (first, second) if dense.transposed else (second, first)
+    return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
+
+
+def _linear(new: Any, dense: Any, width: int | None) -> Attributes:
+    return {"in_features": new.weight.shape[1], "out_features": new.weight.shape[0]}
+
+
+def _embedding(new: Any, dense: Any, width: int | None) -> Attributes:
+    return {"embedding_dim": new.weight.shape[1]}
+
+
+def _group_norm(new: Any, dense: Any, width: int | None) -> Attributes:
+    channels = new.weight.shape[0] if new.weight is not None else width or dense.num_channels
+    return {"num_channels": channels, "num_groups": largest_divisor(channels, dense.num_groups)}
+
+
+def _batch_norm(new: Any, dense: Any, width: int | None) -> Attributes:
+    known = new.weight if new.weight is not None else new.running_mean
+    return {"num_features": known.shape[0] if known is not None else width or dense.num_features}
+
+
+def _layer_norm(new: Any, dense: Any, width: int | None) -> Attributes:
+    if new.weight is not None:
+        return {"normalized_shape": tuple(new.weight.shape)}
+    return {"normalized_shape": (width,)} if width and len(dense.normalized_shape) == 1 else {}
+
+
+def _resample(new: Any, dense: Any, width: int | None) -> Attributes:
+    conv = getattr(new, "conv", None)
+    if conv is None:
+        conv = getattr(new, "Conv2d_0", None)
+    if isinstance(getattr(conv, "weight", None), nn.Parameter):
+        # The convolution is read from its weight, not from its attributes: those may not have been repaired yet.
+        weight = conv.weight
+        inputs, outputs = (weight.shape[0], weight.shape[1]) if getattr(conv, "transposed", False) else (weight.shape[1], weight.shape[0])
+        return {"channels": inputs, "out_channels": outputs}
+    return {"channels": width, "out_channels": width} if width else {}
+
+
+def _attention(new: Any, dense: Any, width: int | None) -> Attributes:
+    """diffusers' Attention: it computes the head width from the tensors at run time; these attributes inform processors and users."""
+    if not hasattr(new, "to_q"):
+        return {}
+    values: Attributes = {"inner_dim": new.to_q.weight.shape[0], "query_dim": new.to_q.weight.shape[1]}
+    if getattr(new, "to_k", None) is not None:
+        values |= {"inner_kv_dim": new.to_k.weight.shape[0], "cross_attention_dim": new.to_k.weight.shape[1]}
+    if getattr(new, "to_out", None) is not None:
+        values["out_dim"] = new.to_out[0].weight.shape[0]
+    return {name: value for name, value in values.items() if isinstance(getattr(dense, name, None), int)}
+
+
+ADAPTERS: Mapping[str, Adapter] = {
+    "_ConvNd": Adapter(("in_channels", "out_channels", "groups"), _conv),
+    "Linear": Adapter(("in_features", "out_features"), _linear),
+    "Embedding": Adapter(("embedding_dim",), _embedding),
+    "GroupNorm": Adapter(("num_channels", "num_groups"), _group_norm, input_dim=1),
+    "_NormBase": Adapter(("num_features",), _batch_norm, input_dim=1),
+    "LayerNorm": Adapter(("normalized_shape",), _layer_norm, input_dim=-1),
+    "Downsample2D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
+    "Upsample2D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
+    "Attention": Adapter(("inner_dim", "inner_kv_dim", "query_dim", "cross_attention_dim", "out_dim"), _attention),
+}
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter of the module's type or of its nearest base class that has one."""
+    return next((ADAPTERS[base.__name__] for base in type(module).__mro__ if base.__name__ in ADAPTERS), None)
+
+
+def repair_attributes(new: nn.Module, dense: nn.Module, width_of: Callable[[str], int | None]) -> None:
+    """Set every width attribute of ``new`` (in place) to what its tensors say.
+
+    Args:
+        new: The network whose tensors already have their new shapes.
+        dense: The network it was made from, with the same module names.
+        width_of: Module name -> new width of its input, or None where that is unknown.
+    """
+    originals = dict(dense.named_modules())
+    for name, module in new.named_modules():
+        adapter = adapter_of(module)
+        if adapter is not None:
+            for attribute, value in adapter.repair(module, originals[name], width_of(name)).items():
+                setattr(module, attribute, value)
+
+
+def attribute_edits(dense: nn.Module, ticket: nn.Module) -> dict[str, dict[str, int | list[int]]]:
+    """What differs between two networks besides their tensors: module name -> attribute -> the ticket's value (JSON-able)."""
+    originals = dict(dense.named_modules())
+    edits: dict[str, dict[str, int | list[int]]] = {}
+    for name, module in ticket.named_modules():
+        adapter = adapter_of(module)
+        for attribute in adapter.names if adapter else ():
+            if not hasattr(module, attribute):
+                continue
+            value = getattr(module, attribute)
+            if value != getattr(originals[name], attribute, None):
+                edits.setdefault(name, {})[attribute] = list(value) if isinstance(value, tuple) else value
+    return edits

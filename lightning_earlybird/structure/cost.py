@@ -1,0 +1,31 @@
+"""What a network costs: parameters and multiply-accumulate operations."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_earlybird.structure.trace import undisturbed
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_macs(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> int:
+    """Multiply-accumulate operations of one forward pass: convolutions, matrix products and attention, as PyTorch's FLOP counter knows them.
+
+    Args:
+        network: The network; its mode and the random state are restored.
+        args: Positional arguments of the call; pass one sample for the cost of one sample.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        Half the counted floating-point operations.
+    """
+    counter = FlopCounterMode(display=False)
+    with undisturbed(network), counter:
+        network(*args, **(kwargs or {}))
+    return int(counter.get_total_flops()) // 2
