@@ -1,0 +1,247 @@
+"""One module in place of the denoiser: each sample of a batch is sent to the ticket of its timestep's region."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_earlybird.regions import TimestepPartition, TimestepRegion
+
+if TYPE_CHECKING:
+    from lightning_earlybird.tickets import EnsembleRecord
+
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class TimestepArgument:
+    """Where a denoiser's ``forward`` takes its timesteps.
+
+    Args:
+        name: Keyword under which the timesteps may come, or None.
+        position: Index among the positional arguments at which they may come, or None. The keyword goes first.
+
+    Raises:
+        ValueError: If both are None, or the position is negative.
+    """
+
+    name: str | None
+    position: int | None
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.position is None:
+            raise ValueError(
+                "TimestepArgument(name=None, position=None): at least one must be given; "
+                "pass the keyword (e.g. 'timestep') or the positional index (e.g. 1)."
+            )
+        if self.position is not None and self.position < 0:
+            raise ValueError(f"TimestepArgument(position={self.position}): must be 0 or more; count from the front.")
+
+    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The timesteps of a call.
+
+        Raises:
+            TypeError: If the call has them neither under the keyword nor at the position.
+        """
+        if self.name is not None and self.name in kwargs:
+            return kwargs[self.name]
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        raise TypeError(
+            f"the denoiser was called without timesteps: expected {self}, got {len(args)} positional arguments and "
+            f"the keywords {sorted(kwargs)}; pass the timesteps as they were passed when the denoiser was found."
+        )
+
+
+class TicketEnsemble(nn.Module):
+    """Takes the place of the denoiser: routes every sample of a batch to the ticket of its timestep's region.
+
+    In training mode a sample whose timestep lies in an overlap goes to one of the two neighbours at random; in evaluation
+    mode each goes to its own region. With one timestep for all rows, or all rows in one region, the ticket is called with
+    the very arguments that came in. Otherwise each tensor argument with as many rows as there are timesteps (inside
+    tuples, lists, dicts and dataclasses, too) is split, and the outputs are put back in the order of the rows; the
+    arithmetic inside a ticket, and thus every gradient, is that of calling it by hand on its rows.
+
+    Attributes that the ensemble does not have are looked up on the first ticket if they are plain values (``config``,
+    ``dtype``, ``device``); never modules, parameters, tensors or methods, which would speak for one ticket only.
+
+    Args:
+        tickets: The extracted networks, one per region, in region order. Not copied.
+        partition: The regions of the time axis.
+        timesteps: Where the tickets' ``forward`` takes the timesteps.
+
+    Raises:
+        ValueError: If the number of tickets is not the number of regions.
+    """
+
+    tickets: nn.ModuleList
+    record: EnsembleRecord | None
+    """What saving needs to know besides the weights; None where the ensemble was put together by hand."""
+
+    def __init__(self, tickets: Sequence[nn.Module], partition: TimestepPartition, timesteps: TimestepArgument) -> None:
+        super().__init__()
+        if len(tickets) != len(partition):
+            raise ValueError(
+                f"tickets has {len(tickets)} networks, but the partition has {len(partition)} regions; "
+                "pass one ticket per region, in region order."
+            )
+        self.tickets = nn.ModuleList(tickets)
+        self.partition = partition
+        self.timesteps = timesteps
+        self.record = None
+
+    @property
+    def regions(self) -> tuple[TimestepRegion, ...]:
+        """The regions, in the order of ``tickets``."""
+        return self.partition.regions
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the tickets as the denoiser was called.
+
+        Args:
+            *args: As for the denoiser; tensors with one row per timestep are split.
+            **kwargs: Likewise.
+
+        Returns:
+            What the denoiser returns: tensors with one row per timestep, in the order of the rows, or containers of such.
+            Leaves that are not tensors are the first ticket's.
+
+        Raises:
+            TypeError: If the call has no timesteps, or the tickets return different structures.
+            ValueError: If a timestep lies outside the regions, if there are several timesteps per row, or if an output
+                that has to be put together does not have one row per timestep.
+        """
+        rows = self._route(self.timesteps.find(args, kwargs))
+        if len(rows) == 1:
+            return self.tickets[next(iter(rows))](*args, **kwargs)
+        batch_size = sum(len(index) for index in rows.values())
+        outputs = []
+        for number, index in rows.items():
+
+            def take(tensor: Tensor, index: Tensor = index) -> Tensor:
+                return select_rows(tensor, index, batch_size)
+
+            outputs.append(self.tickets[number](*map_tensors(args, take), **map_tensors(kwargs, take)))
+        sizes = [len(index) for index in rows.values()]
+        # Sorting the rows by ticket is undone by the inverse permutation: one cat and one index_select per tensor.
+        order = torch.argsort(torch.cat(list(rows.values())))
+        return _merge(outputs, sizes, order, "output")
+
+    def _route(self, timesteps: Any) -> dict[int, Tensor]:
+        """Which rows go to which ticket: ``{ticket: row indices}`` in region order, on the CPU.
+
+        The timesteps are brought to the host first, so that a call waits for the device once and no more.
+        """
+        everything = {0: torch.empty(0, dtype=torch.long)}
+        if len(self.regions) == 1 and math.isinf(self.partition.start) and math.isinf(self.partition.stop):
+            return everything
+        if isinstance(timesteps, Tensor):
+            steps = timesteps.detach().to("cpu")
+        elif isinstance(timesteps, Real):
+            # A Python float keeps all its digits, so that it compares with the regions' bounds as it was written.
+            steps = torch.tensor(timesteps, dtype=torch.float64 if isinstance(timesteps, float) else None)
+        else:
+            raise TypeError(
+                f"timesteps is a {type(timesteps).__name__}, expected a tensor or a number; convert it first."
+            )
+        if steps.numel() > 1 and steps.numel() != steps.shape[0]:
+            raise ValueError(
+                f"timesteps has shape {tuple(steps.shape)}, expected one timestep per row, shape (batch_size,) or "
+                "(batch_size, 1, ...), or a scalar; a ticket is chosen for whole rows only."
+            )
+        if steps.numel() == 0:
+            return everything
+        steps = steps.reshape(-1)
+        owners = self.partition.assign(steps) if self.training else self.partition.lookup(steps)
+        return {number: torch.nonzero(owners == number).flatten() for number in sorted(set(owners.tolist()))}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private names are marks that torch and diffusers set on single modules; dunders belong to protocols.
+            tickets = self.__dict__.get("_modules", {}).get("tickets")
+            if name.startswith("_") or tickets is None:
+                raise
+        value = getattr(tickets[0], name, _MISSING)
+        if value is _MISSING or isinstance(value, (nn.Module, Tensor)) or inspect.isroutine(value):
+            raise AttributeError(
+                f"'{type(self).__name__}' has no attribute '{name}': the denoiser has become {len(tickets)} tickets; "
+                f"modules, tensors and methods are theirs, as in `.tickets[0].{name}`."
+            )
+        return value
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested tuples, lists, dicts and dataclasses with ``function`` applied to every tensor in them."""
+    return _rebuild(
+        [value], lambda leaves, path: function(leaves[0]) if isinstance(leaves[0], Tensor) else leaves[0], ""
+    )
+
+
+def select_rows(tensor: Tensor, index: Tensor, batch_size: int) -> Tensor:
+    """The given rows of a tensor with one row per sample; any other tensor is returned as it is.
+
+    Args:
+        tensor: Shape (batch_size, ...) to be split; every other shape is shared by all rows.
+        index: Row indices, shape (rows,), on any device.
+        batch_size: Number of samples in the batch.
+    """
+    if tensor.dim() == 0 or tensor.shape[0] != batch_size:
+        return tensor
+    return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
+
+
+def _merge(outputs: list[Any], sizes: list[int], order: Tensor, path: str) -> Any:
+    """Puts the tickets' outputs together; ``order[row]`` is where that row stands among the concatenated rows."""
+
+    def leaf(leaves: list[Any], path: str) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        for tensor, size in zip(leaves, sizes, strict=True):
+            if tensor.dim() == 0 or tensor.shape[0] != size:
+                raise ValueError(
+                    f"{path} has shape {tuple(tensor.shape)} for {size} rows: tickets called on parts of a batch must "
+                    "return one row per sample; compute losses and other reductions outside of the denoiser."
+                )
+        return torch.cat(leaves).index_select(0, order.to(leaves[0].device, non_blocking=True))
+
+    return _rebuild(outputs, leaf, path)
+
+
+def _rebuild(values: list[Any], leaf: Callable[[list[Any], str], Any], path: str) -> Any:
+    """Walks equal structures side by side and builds one of the same kind from what ``leaf`` makes of their leaves."""
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        kinds = sorted({type(value).__name__ for value in values})
+        raise TypeError(f"{path}: the tickets return different types, {kinds}; they must agree to be put together.")
+
+    # Dataclasses come first: diffusers' outputs are dicts, too, but must be built through their fields.
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first) if field.init]
+        parts = {name: _rebuild([getattr(v, name) for v in values], leaf, f"{path}.{name}") for name in names}
+        return dataclasses.replace(first, **parts)
+    if isinstance(first, dict):
+        if any(value.keys() != first.keys() for value in values):
+            keys = [sorted(map(str, value)) for value in values]
+            raise TypeError(f"{path}: the tickets return different keys, {keys}; they must agree to be put together.")
+        items = {key: _rebuild([value[key] for value in values], leaf, f"{path}[{key!r}]") for key in first}
+        return items if type(first) is dict else type(first)(items)
+    if isinstance(first, (tuple, list)):
+        if any(len(value) != len(first) for value in values):
+            sizes = [len(value) for value in values]
+            raise TypeError(
+                f"{path}: the tickets return different lengths, {sizes}; they must agree to be put together."
+            )
+        members = [_rebuild([v[i] for v in values], leaf, f"{path}[{i}]") for i in range(len(first))]
+        if hasattr(first, "_fields"):
+            return type(first)(*members)
+        return members if type(first) is list else type(first)(members)
+    return leaf(values, path)
