@@ -1,0 +1,38 @@
+# make demo [ARGS="key=value ..."]   train, switch to tickets and sample on the digits (see README.md)
+# make test [ARGS="..."]             the test suite, with its slowest tests; ARGS go to pytest
+# make lint                          ruff (rules and format) and mypy
+# make clean                         remove caches and build output; keeps .venv and runs/
+#
+# Each target creates .venv where it is missing, and installs again when setup.cfg or constraints.txt change.
+# PYTHON chooses the interpreter that .venv is made from: make test PYTHON=python3.11
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --durations=15 --durations-min=1 $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and by its own pin, so that a build of it that is already installed, or that pip is configured to
+# find, is taken as it is; nothing after it may then replace it.
+$(STAMP): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-input "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --no-input -c constraints.txt -e '.[examples,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
