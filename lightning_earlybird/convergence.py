@@ -151,7 +151,7 @@ class MaskWindow:
         stored = self._stored()
         if not stored:
             return [], torch.zeros(0, 0, dtype=torch.float64)
-        # In float64 the counts are exact whatever precision matrix products run at; |a xor b| = |a| + |b| - 2 |a and b|.
+        # |a xor b| = |a| + |b| - 2 |a and b|; in float64 these counts are exact whatever torch's matmul precision is.
         flat = _stacked(stored).double()
         sizes = flat.sum(dim=1)
         differing = sizes[:, None] + sizes[None, :] - 2 * flat @ flat.T

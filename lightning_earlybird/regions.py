@@ -84,8 +84,8 @@ class TimestepPartition:
         for index, region in enumerate(self.regions[1:], start=1):
             if self.overlap > region.stop - region.start:
                 raise ValueError(
-                    f"overlap={self.overlap!r} must not exceed the width {region.stop - region.start!r} of the following "
-                    f"regions[{index}] = {_interval(region)}, or three tickets would share timesteps. Reduce it."
+                    f"overlap={self.overlap!r} must not exceed {region.stop - region.start!r}, the width of the "
+                    f"following regions[{index}] = {_interval(region)}, or three tickets share timesteps. Reduce it."
                 )
 
     @classmethod
@@ -289,8 +289,8 @@ def _parse_region(region: RegionLike, index: int) -> TimestepRegion:
         given = {}
     if not set(names[:3]) <= set(given) <= set(names):
         raise ValueError(
-            f"regions[{index}] = {region!r} must be a TimestepRegion, a triple (start, stop, sparsity) with an optional "
-            f"max_steps, or a mapping with the names {', '.join(names)}."
+            f"regions[{index}] = {region!r} must be a TimestepRegion, a triple (start, stop, sparsity) with an "
+            f"optional max_steps, or a mapping with the names {', '.join(names)}."
         )
     try:
         return TimestepRegion(**given)

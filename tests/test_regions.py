@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ def widths_to_partition(widths: list[int], overlap: float = 0) -> TimestepPartit
     edges = [0]
     for width in widths:
         edges.append(edges[-1] + width)
-    return TimestepPartition.of([(a, b, 0.5) for a, b in zip(edges, edges[1:], strict=False)], overlap)
+    return TimestepPartition.of([(a, b, 0.5) for a, b in itertools.pairwise(edges)], overlap)
 
 
 def test_a_region_stores_what_it_was_given():
@@ -135,7 +136,7 @@ def test_an_overlap_of_nan_is_refused():
 
 
 def test_an_overlap_wider_than_a_following_region_is_refused():
-    message = re.escape("overlap=201 must not exceed the width 200 of the following regions[1] = [240, 440)")
+    message = re.escape("overlap=201 must not exceed 200, the width of the following regions[1] = [240, 440)")
     with pytest.raises(ValueError, match=message):
         TimestepPartition.of(PAPER, 201)
     assert TimestepPartition.of(PAPER, 200).overlap == 200
