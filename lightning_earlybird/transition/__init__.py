@@ -1,0 +1,9 @@
+"""What a Lightning Trainer needs when the denoiser changes its structure in the middle of a fit.
+
+:func:`check_supported` says before training begins whether the switch can work; :func:`replace_denoiser` makes it.
+"""
+
+from lightning_earlybird.transition.checks import check_supported
+from lightning_earlybird.transition.switch import averaged_modules, replace_denoiser
+
+__all__ = ["averaged_modules", "check_supported", "replace_denoiser"]

@@ -1,0 +1,152 @@
+"""Replacing the denoiser of a running fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_earlybird.transition.compiled import compile_like, denoiser_context
+from lightning_earlybird.transition.lineage import Inherit, Lineage, Source, hand_down, match
+from lightning_earlybird.transition.optimizers import succeed
+from lightning_earlybird.transition.rehearsal import adopt_configured_order, bare
+from lightning_earlybird.transition.slots import averaged_twins, put, unwrap
+
+Build = Callable[[nn.Module], nn.Module]
+
+
+def replace_denoiser(
+    trainer: pl.Trainer, module: pl.LightningModule, name: str, build: Build, inherit: Inherit, source: Source
+) -> nn.Module:
+    """Replace the denoiser by what ``build`` makes of it, and let all that the Trainer keeps about it follow.
+
+    The replacement goes wherever the module holds the denoiser, with its device, precision, mode, ``requires_grad``
+    and compilation. Optimizers and schedulers stay the same objects: the replacement's parameters take the place of
+    the dense ones in their groups, with the state cut by ``inherit``, and so do pending gradients. Averaged copies
+    (``WeightAveraging``, ``StochasticWeightAveraging``, an ``AveragedModel`` inside the module) are rebuilt from the
+    averaged weights. DDP wraps the module anew, looking for unused parameters from then on. The state of the global
+    random number generators stays as it was.
+
+    To be called on every rank at the same step, where no forward or backward pass is under way and weights are not
+    swapped: ``on_train_start``, ``on_train_epoch_start``, ``on_train_batch_start`` and ``..._end``,
+    ``on_train_epoch_end``; and while a checkpoint is loaded, before the strategy is set up. An accumulation window may
+    be unfinished.
+
+    Args:
+        trainer: The Trainer of the fit.
+        module: Its LightningModule, changed in place.
+        name: Dotted name of the denoiser in the module.
+        build: Makes the replacement from a dense denoiser, without changing it; called for the live one and for each
+            averaged copy, always with the same structure as the result.
+        inherit: (name of a parameter of the replacement, tensor shaped like its dense parent) -> the tensor cut to the
+            shape of that parameter.
+        source: Name of a parameter of the replacement -> name of its dense parent; both relative to the denoiser.
+
+    Returns:
+        The replacement now in the module.
+
+    Raises:
+        RuntimeError: During validation inside a fit.
+        ValueError: If ``build``, ``inherit`` and ``source`` do not fit together.
+    """
+    if trainer.state.fn == TrainerFn.FITTING and not trainer.training:
+        raise RuntimeError(
+            f"replace_denoiser was called while the fit was {trainer.state.stage}: averaged weights may stand in the"
+            " module then. Call it in `on_train_batch_end` or `on_train_epoch_end`."
+        )
+    strategy = trainer.strategy
+    optimizers = [bare(optimizer) for optimizer in strategy.optimizers]
+    with isolate_rng(include_cuda=strategy.root_device.type == "cuda"):
+        wrapped = _release(strategy)
+        lineages = _exchange(module, name, build, source, strategy)
+        changed = False
+        for lineage in lineages:
+            hand_down(lineage, inherit)
+            changed |= succeed(optimizers, module, lineage, inherit)
+            _rekey_toggled(module, lineage)
+        if changed:
+            adopt_configured_order(module, optimizers)
+        for average in averaged_modules(trainer):
+            _exchange(average, name, build, source)
+            _require_same_structure(average, module)
+        _prepare_ddp(strategy, wrapped)
+    return lineages[0].replacement
+
+
+def _exchange(
+    root: pl.LightningModule, name: str, build: Build, source: Source, strategy: Strategy | None = None
+) -> list[Lineage]:
+    """Replace the denoiser of ``root``, and then the copies of it that ``root`` averages itself.
+
+    Only the live module (the one with a ``strategy``) is converted to the Trainer's precision and compiled; averaged
+    ones keep the precision that they have.
+    """
+    dense = unwrap(root.get_submodule(name))
+    context = denoiser_context(root, dense) if strategy is not None else None
+    lineages = []
+    for twin in [dense, *averaged_twins(root, dense)]:
+        replacement = build(twin).to(next(twin.parameters()).device)
+        if strategy is not None and twin is dense:
+            replacement = strategy.precision_plugin.convert_module(replacement)
+        lineage = Lineage.trace(twin, replacement, source)
+        match(lineage, source)
+        put(root, twin, replacement)
+        lineages.append(lineage)
+    compile_like(lineages[0].replacement, context)
+    return lineages
+
+
+def averaged_modules(trainer: pl.Trainer) -> list[pl.LightningModule]:
+    """The averaged copies of the LightningModule that callbacks keep."""
+    kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    kept = [average.module if isinstance(average, AveragedModel) else average for average in kept]
+    return [average for average in kept if isinstance(average, pl.LightningModule)]
+
+
+def _require_same_structure(average: nn.Module, module: nn.Module) -> None:
+    """Averages are updated by zipping tensors by position, where a wrong one may broadcast silently."""
+
+    def tensors(root: nn.Module) -> list[tuple[str, torch.Size]]:
+        return [(key, value.shape) for key, value in [*root.named_parameters(), *root.named_buffers()]]
+
+    for ours, theirs in zip_longest(tensors(average), tensors(module)):
+        if ours != theirs:
+            raise ValueError(
+                f"`build` gave the averaged denoiser another structure than the live one: {ours} against {theirs}."
+                " Let `build` depend on the structure of the denoiser alone, not on its weights."
+            )
+
+
+def _rekey_toggled(module: pl.LightningModule, lineage: Lineage) -> None:
+    """Let `toggle_optimizer`, where it was left open, find the heirs in what it remembers."""
+    toggled: dict[Any, bool] = module._param_requires_grad_state  # keyed by parameters, whatever its annotation says
+    remembered = {heir: toggled[parent] for _, heir, parent in lineage if parent in toggled}
+    for parameter in lineage.dense.parameters():
+        toggled.pop(parameter, None)
+    toggled.update(remembered)
+
+
+def _release(strategy: Strategy) -> bool:
+    """Take the module out of DDP, whose reducer is bound to the dense parameters; whether it was in DDP."""
+    if not isinstance(strategy.model, DistributedDataParallel):
+        return False
+    strategy.model._remove_autograd_hooks()
+    strategy.model = strategy.lightning_module
+    return True
+
+
+def _prepare_ddp(strategy: Strategy, wrapped: bool) -> None:
+    if isinstance(strategy, DDPStrategy):
+        # The gradients of a ticket that a rank's batch misses would otherwise be waited for.
+        strategy._ddp_kwargs["find_unused_parameters"] = True
+        if wrapped:
+            strategy.configure_ddp()
