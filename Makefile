@@ -25,11 +25,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch comes first and by its own pin, so that a build of it that is already installed, or that pip is configured to
-# find, is taken as it is; nothing after it may then replace it.
+# torch comes first, alone: its pin has no local version, so that whichever build pip is configured to find is taken, or
+# the one already installed; what follows finds it in place.
 $(STAMP): setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-input "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --no-input -c constraints.txt torch
 	$(BIN)/python -m pip install --no-input -c constraints.txt -e '.[examples,dev]'
 	touch $@
 
