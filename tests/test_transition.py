@@ -392,7 +392,7 @@ def test_calling_configure_optimizers_again_leaves_no_trace() -> None:
     def configure(module: Lit):
         torch.rand(3)
         optimizer = adamw(module)
-        module.kept = CosineAnnealingLR(optimizer, T_max=12)
+        module.kept = CosineAnnealingLR(optimizer, T_max=module.trainer.estimated_stepping_batches)
         module.log_of_calls.append(optimizer)
         module.scale.requires_grad_(True)
         return [optimizer], [module.kept]
@@ -881,6 +881,10 @@ def shadow(module: Lit) -> None:
     module.ema = SimpleNamespace(shadow_params=[p.detach().clone() for p in module.model.parameters()])
 
 
+def copied(module: Lit) -> None:
+    module.ema = nn.Sequential(deepcopy(module.model))
+
+
 def hooked(module: Lit) -> None:
     module.model.up.weight.register_hook(lambda grad: grad.clamp(-1, 1))
 
@@ -893,7 +897,8 @@ def hooked(module: Lit) -> None:
         (parameter_list, "the attribute 'kept' keeps parameters, parts or methods of it"),
         (method, "the attribute 'kept' keeps parameters, parts or methods of it"),
         (compiled_method, "the attribute 'kept' keeps parameters, parts or methods of it"),
-        (shadow, r"'ema' \(SimpleNamespace\) keeps averages in a list.*EMAWeightAveraging"),
+        (shadow, r"'ema' \(SimpleNamespace\) averages parameters in a list.*EMAWeightAveraging"),
+        (copied, "'ema.0' is a copy of it with the same weights, .*EMAWeightAveraging"),
         (hooked, "its parameter 'up.weight' has gradient hooks"),
     ],
 )
@@ -904,6 +909,36 @@ def test_ways_of_holding_the_denoiser_that_would_leave_dense_pieces_are_refused(
     supported(trainer_with(), module)  # without the denoiser's name nothing can be said
     with pytest.raises(MisconfigurationException, match=f"denoiser='model': {message}"):
         supported(trainer_with(), module, "model")
+
+
+def test_averages_in_the_list_of_a_callback_are_refused() -> None:
+    class Ema(Callback):
+        def __init__(self) -> None:
+            self.ema = SimpleNamespace(shadow_params=[])
+
+    with pytest.raises(MisconfigurationException, match=r"'Ema.ema' \(SimpleNamespace\) averages parameters in a list"):
+        supported(trainer_with(Ema()), name="model")
+
+
+def test_a_second_network_like_the_denoiser_stays_as_it_is() -> None:
+    class Two(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = Denoiser().requires_grad_(False)
+            self.frozen_config = ReadOnly(widths=(1, 2), net=None)
+
+    module = Two()
+    weights = deepcopy(module.teacher.state_dict())
+    fit(module, Switch())
+    assert isinstance(module.model, Ensemble)
+    assert all(torch.equal(value, weights[name]) for name, value in module.teacher.state_dict().items())
+
+
+class ReadOnly(dict):
+    """Like the configurations of diffusers models."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("read-only")
 
 
 def test_a_full_graph_around_the_denoiser_is_refused() -> None:

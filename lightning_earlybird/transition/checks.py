@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_earlybird.transition.compiled import compile_context
 from lightning_earlybird.transition.optimizers import family
 from lightning_earlybird.transition.rehearsal import bare
-from lightning_earlybird.transition.slots import plain_attributes, surroundings, unwrap
+from lightning_earlybird.transition.slots import averaged_twins, plain_attributes, surroundings, twins, unwrap
 
 
 def check_supported(trainer: pl.Trainer, module: pl.LightningModule, name: str | None = None) -> None:
@@ -50,6 +50,7 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, name: str |
         _check_optimizer(bare(optimizer))
     if name is not None:
         _check_denoiser(module, name)
+        _check_copies(trainer, module, name)
 
 
 def _check_strategy(strategy: Strategy) -> None:
@@ -152,17 +153,38 @@ def _check_denoiser(module: pl.LightningModule, name: str) -> None:
             if id(shared) in parameters:
                 refuse(f"it shares the parameter {prefix + key!r}, which has no tickets", "Make two parameters of it.")
         for key, value in plain_attributes(owner):
-            if hasattr(value, "shadow_params"):
-                refuse(
-                    f"{prefix + key!r} ({type(value).__name__}) keeps averages in a list, which cannot be replaced",
-                    "Use the callback lightning.pytorch.callbacks.EMAWeightAveraging instead.",
-                )
             leaves = list(_leaves(value))
             if {id(leaf) for leaf in leaves} & held or {id(_bound(leaf)) for leaf in leaves} & {*parts, id(dense)}:
                 refuse(
                     f"the attribute {prefix + key!r} keeps parameters, parts or methods of it, which would stay dense",
                     "Keep only the denoiser and look them up on it when they are needed.",
                 )
+
+
+def _check_copies(trainer: pl.Trainer, module: pl.LightningModule, name: str) -> None:
+    """Averages kept by hand pair their tensors with the denoiser's by position, and break when these change shape."""
+    dense = unwrap(module.get_submodule(name))
+    remedy = (
+        "Use the callback lightning.pytorch.callbacks.EMAWeightAveraging, or torch.optim.swa_utils.AveragedModel in the"
+        " module, which follow the denoiser."
+    )
+    callbacks = [(type(callback).__name__, callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    for path, owner in [*surroundings(module, dense), *callbacks]:
+        for key, value in plain_attributes(owner):
+            # The exponential averages of diffusers, of torch_ema and their like.
+            if isinstance(getattr(value, "shadow_params", None), (list, tuple)):
+                raise MisconfigurationException(
+                    f"denoiser={name!r}: {f'{path}.{key}'.lstrip('.')!r} ({type(value).__name__}) averages parameters"
+                    f" in a list, which cannot follow the switch. {remedy}"
+                )
+    averaged = averaged_twins(module, dense)
+    for path, twin in twins(module, dense).items():
+        pairs = zip(twin.state_dict().values(), dense.state_dict().values(), strict=True)
+        if not any(twin is known for known in averaged) and all(torch.equal(mine, its) for mine, its in pairs):
+            raise MisconfigurationException(
+                f"denoiser={name!r}: {path!r} is a copy of it with the same weights, as averages made by hand are, and"
+                f" would stay dense. {remedy} A copy that is meant to stay dense can be held in a plain tuple."
+            )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -48,7 +48,9 @@ def put(root: nn.Module, dense: nn.Module, replacement: nn.Module) -> None:
         if is_alias(value, dense):
             return replacement
         if type(value) is tuple:
-            return tuple(exchanged(item) for item in value)
+            items = tuple(exchanged(item) for item in value)
+            # The same tuple where nothing changed: the containers that hold it may refuse to be written to.
+            return value if all(new is old for new, old in zip(items, value, strict=True)) else items
         if isinstance(value, (list, dict)) and id(value) not in seen:
             seen.add(id(value))
             for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
@@ -63,12 +65,18 @@ def put(root: nn.Module, dense: nn.Module, replacement: nn.Module) -> None:
                 owner.__dict__[key] = new
 
 
-def averaged_twins(root: nn.Module, dense: nn.Module) -> list[nn.Module]:
-    """Copies of the denoiser that ``root`` itself averages in a ``torch.optim.swa_utils.AveragedModel``."""
+def twins(root: nn.Module, dense: nn.Module) -> dict[str, nn.Module]:
+    """Other modules in ``root``, by name, with the type and the tensor shapes of the denoiser."""
 
-    def signature(module: nn.Module) -> dict[str, Any]:
+    def shapes(module: nn.Module) -> dict[str, Any]:
         return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
+    alike = {name: module for name, module in surroundings(root, dense) if type(module) is type(dense)}
+    return {name: module for name, module in alike.items() if shapes(module) == shapes(dense)}
+
+
+def averaged_twins(root: nn.Module, dense: nn.Module) -> list[nn.Module]:
+    """Copies of the denoiser that ``root`` itself averages in a ``torch.optim.swa_utils.AveragedModel``."""
     averages = [module for module in root.modules() if isinstance(module, AveragedModel)]
-    copies = [part for average in averages for part in average.modules() if type(part) is type(dense)]
-    return [copy for copy in copies if signature(copy) == signature(dense)]
+    parts = {part for average in averages for part in average.modules()}
+    return [twin for twin in twins(root, dense).values() if twin in parts]
