@@ -4,4 +4,27 @@ The method is EB-Diff-Train (Early-Bird Diffusion, arXiv 2504.09606): a dense de
 settle, and then becomes one small network per timestep region, each trained only where it is used.
 """
 
+from lightning_earlybird.detector import EarlyBirdDetector
+from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.importance import NonFiniteWeightsError
+from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.pruner import SearchLimitError, TimestepAwarePruner
+from lightning_earlybird.regions import TimestepPartition, TimestepRegion
+from lightning_earlybird.sampler import TicketEnsembleSampler
+from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "EarlyBirdDetector",
+    "EnsembleFormatError",
+    "NonFiniteWeightsError",
+    "SearchLimitError",
+    "TicketEnsemble",
+    "TicketEnsembleSampler",
+    "TicketFacts",
+    "TicketMask",
+    "TimestepAwarePruner",
+    "TimestepPartition",
+    "TimestepRegion",
+]

@@ -1,6 +1,7 @@
 """The structure engine: which channels a denoiser has, and smaller networks made of some of them. The one place that edits modules."""
 
 from lightning_earlybird.structure.adapters import attribute_edits
+from lightning_earlybird.structure.cost import count_macs, count_parameters
 from lightning_earlybird.structure.extract import TicketSlicer, extract, resize_
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.trace import trace_plan
@@ -14,6 +15,8 @@ __all__ = [
     "TicketSlicer",
     "Verification",
     "attribute_edits",
+    "count_macs",
+    "count_parameters",
     "extract",
     "resize_",
     "trace_plan",

@@ -3,7 +3,8 @@
 :func:`check_supported` says before training begins whether the switch can work; :func:`replace_denoiser` makes it.
 """
 
+from lightning_earlybird.transition.averages import averaged_modules, initial_share
 from lightning_earlybird.transition.checks import check_supported
-from lightning_earlybird.transition.switch import averaged_modules, replace_denoiser
+from lightning_earlybird.transition.switch import replace_denoiser
 
-__all__ = ["averaged_modules", "check_supported", "replace_denoiser"]
+__all__ = ["averaged_modules", "check_supported", "initial_share", "replace_denoiser"]

@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
+from lightning_earlybird.transition.averages import averaged_modules
 from lightning_earlybird.transition.compiled import compile_like, denoiser_context
 from lightning_earlybird.transition.lineage import Inherit, Lineage, Source, hand_down, match
 from lightning_earlybird.transition.optimizers import succeed
@@ -103,13 +103,6 @@ def _exchange(
         lineages.append(lineage)
     compile_like(lineages[0].replacement, context)
     return lineages
-
-
-def averaged_modules(trainer: pl.Trainer) -> list[pl.LightningModule]:
-    """The averaged copies of the LightningModule that callbacks keep."""
-    kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    kept = [average.module if isinstance(average, AveragedModel) else average for average in kept]
-    return [average for average in kept if isinstance(average, pl.LightningModule)]
 
 
 def _require_same_structure(average: nn.Module, module: nn.Module) -> None:

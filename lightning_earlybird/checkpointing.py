@@ -1,0 +1,119 @@
+"""Checkpoints of a module whose denoiser has become an ensemble: its structure travels with its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_earlybird.conversion import find_ensemble, split_name
+from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
+from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.regions import TimestepPartition
+from lightning_earlybird.structure import resize_
+from lightning_earlybird.tickets import EnsembleRecord
+from lightning_earlybird.transition import replace_denoiser
+
+CHECKPOINT_KEY = "lightning_earlybird"
+CHECKPOINT_VERSION = 1
+
+
+def save_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write into a checkpoint what its weights do not tell of the ensemble; plain containers and tensors only."""
+    found = find_ensemble(module)
+    if found is None:
+        return
+    name, ensemble = found
+    assert ensemble.record is not None
+    checkpoint[CHECKPOINT_KEY] = {
+        "format_version": CHECKPOINT_VERSION,
+        "denoiser": name,
+        "partition": ensemble.partition.to_json(),
+        "timesteps": asdict(ensemble.timesteps),
+        "record": ensemble.record.to_json(),
+        "masks": [mask.state_dict() for mask in ensemble.record.masks],
+    }
+
+
+def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Give a module with a dense denoiser the structure that a checkpoint was taken with; its weights come later.
+
+    Raises:
+        MisconfigurationException: If the structures cannot be reconciled.
+    """
+    state = checkpoint.get(CHECKPOINT_KEY)
+    present = find_ensemble(module)
+    if state is None:
+        if present is not None:
+            raise MisconfigurationException(
+                f"ckpt_path: the checkpoint was taken before the switch, but {present[0]!r} already holds tickets. "
+                "Build a fresh module and load the checkpoint into that."
+            )
+        return
+    if state["format_version"] > CHECKPOINT_VERSION:
+        raise MisconfigurationException(
+            f"ckpt_path: its tickets have format version {state['format_version']}, and this lightning-earlybird reads "
+            f"up to {CHECKPOINT_VERSION}. Upgrade it."
+        )
+    name = state["denoiser"]
+    record = EnsembleRecord.from_json(state["record"], [TicketMask.from_state_dict(mask) for mask in state["masks"]])
+    partition = TimestepPartition.from_json(state["partition"])
+    prefix = f"{name}.tickets."
+    shapes: list[dict[str, torch.Size]] = [{} for _ in partition]
+    for key, tensor in checkpoint["state_dict"].items():
+        if key.startswith(prefix):
+            ticket, dense_name = split_name(key.removeprefix(f"{name}."))
+            shapes[ticket][dense_name] = tensor.shape
+    if present is not None:
+        own = [{key: value.shape for key, value in ticket.state_dict().items()} for ticket in present[1].tickets]
+        if own != shapes:
+            raise MisconfigurationException(
+                f"ckpt_path: its tickets have other shapes than those in {present[0]!r}. Build a fresh module and load "
+                "the checkpoint into that."
+            )
+        return
+    timesteps = TimestepArgument(**state["timesteps"])
+
+    def build(dense: nn.Module) -> nn.Module:
+        tickets = [
+            resize_(copy.deepcopy(dense), shape, edits) for shape, edits in zip(shapes, record.edits, strict=True)
+        ]
+        ensemble = TicketEnsemble(tickets, partition, timesteps)
+        ensemble.record = record
+        return ensemble
+
+    try:
+        replace_denoiser(trainer, module, name, build, lambda _, tensor: tensor, lambda new: split_name(new)[1])
+    except (AttributeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"ckpt_path: the tickets in the checkpoint do not fit this module's denoiser {name!r}: {error} Build the "
+            "module that the checkpoint was taken from."
+        ) from error
+
+
+def restore_on_load(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], None]:
+    """Have the module restore the tickets' structure whenever it loads a checkpoint, before its weights are loaded.
+
+    Lightning loads weights strictly before any callback sees the checkpoint, so the module's own hook is the one place.
+    Returns a function that undoes it.
+    """
+    own = module.on_load_checkpoint
+
+    # A closure and not a bound method: WeightAveraging deep-copies the module, and must not clone callbacks with it.
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        restore_structure(trainer, module, checkpoint)
+        own(checkpoint)
+
+    module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+
+    def undo() -> None:
+        if module.__dict__.get("on_load_checkpoint") is on_load_checkpoint:
+            del module.__dict__["on_load_checkpoint"]
+
+    return undo

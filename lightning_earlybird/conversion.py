@@ -1,0 +1,159 @@
+"""The dense denoiser of a running fit becomes an ensemble of tickets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.probe import DenoiserCall
+from lightning_earlybird.regions import TimestepPartition
+from lightning_earlybird.structure import (
+    ChannelPlan,
+    StructureError,
+    TicketSlicer,
+    attribute_edits,
+    count_macs,
+    count_parameters,
+    extract,
+    trace_plan,
+    verify_plan,
+)
+from lightning_earlybird.tickets import EnsembleRecord, TicketFacts, describe_denoiser
+from lightning_earlybird.transition import averaged_modules, replace_denoiser
+from lightning_earlybird.transition.slots import unwrap
+
+
+@dataclass(frozen=True)
+class FoundDenoiser:
+    """The denoiser as it was found in a training batch, with its verified channel plan.
+
+    Attributes:
+        call: One call of it.
+        plan: Which channels it has.
+        macs: Multiply-accumulate operations for one sample.
+    """
+
+    call: DenoiserCall
+    plan: ChannelPlan
+    macs: int
+
+    @classmethod
+    def trace(cls, module: nn.Module, call: DenoiserCall) -> FoundDenoiser:
+        """Trace and verify the denoiser that ``call`` names; once per fit.
+
+        Raises:
+            MisconfigurationException: Nothing of it can be pruned, or not safely.
+        """
+        network = unwrap(module.get_submodule(call.name))
+        args, kwargs = call.for_network(network)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                verified = verify_plan(network, trace_plan(network, args, kwargs), args, kwargs)
+                macs = count_macs(network, args, kwargs)
+        except StructureError as error:
+            raise MisconfigurationException(f"denoiser={call.name!r}: {error}") from error
+        for name, problem in verified.failed.items():
+            rank_zero_warn(
+                f"denoiser={call.name!r}: the channels of {name!r} stay whole, as pruning them failed verification "
+                f"({problem})."
+            )
+        for entry in verified.plan.frozen:
+            rank_zero_debug(
+                f"denoiser={call.name!r}: {entry.size} channels of {entry.name!r} are never pruned: {entry.reason}."
+            )
+        return cls(call, verified.plan, macs)
+
+
+def convert(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    found: FoundDenoiser,
+    partition: TimestepPartition,
+    masks: Sequence[TicketMask],
+    emerged: Mapping[float, int],
+    *,
+    initial_weights: Mapping[str, Tensor] | None = None,
+) -> TicketEnsemble:
+    """Replace the denoiser by its tickets, with everything in the Trainer that depends on it.
+
+    Args:
+        trainer: The Trainer of the fit.
+        module: Its LightningModule, changed in place.
+        found: The denoiser.
+        partition: The regions that the tickets serve.
+        masks: One mask a region.
+        emerged: Sparsity -> step at which it emerged; sparsities that are missing were taken at the search limit.
+        initial_weights: The denoiser's state dict at initialisation: tickets restart from it, with fresh optimizer
+            state. None keeps what was learned.
+
+    Returns:
+        The ensemble that now stands in the denoiser's place, with its record.
+    """
+    name, plan = found.call.name, found.plan
+    dense = unwrap(module.get_submodule(name))
+    slicers = [TicketSlicer(plan, mask) for mask in masks]
+    description = describe_denoiser(dense)
+    parameters = count_parameters(dense)
+
+    def build(network: nn.Module) -> nn.Module:
+        if initial_weights is not None:
+            network = copy.deepcopy(network)
+            network.load_state_dict(initial_weights)
+        # A repair (making up for the removed channels in closed form) would act on these networks, before they train.
+        tickets = [extract(network, plan, mask) for mask in masks]
+        return TicketEnsemble(tickets, partition, found.call.timesteps)
+
+    def inherit(name: str, tensor: Tensor) -> Tensor:
+        ticket, dense_name = split_name(name)
+        return slicers[ticket].slice(dense_name, tensor)
+
+    if initial_weights is not None:
+        # Moments belong to the weights that are thrown away.
+        for optimizer in trainer.optimizers:
+            for parameter in dense.parameters():
+                optimizer.state.pop(parameter, None)
+                parameter.grad = None
+    edits = tuple(attribute_edits(dense, extract(dense, plan, mask)) for mask in masks)
+    ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
+    assert isinstance(ensemble, TicketEnsemble)
+    facts = []
+    for region, mask, ticket in zip(partition, masks, ensemble.tickets, strict=True):
+        with torch.compiler.set_stance("force_eager"):
+            macs = count_macs(ticket, *found.call.for_network(ticket))
+        searched = emerged.get(region.sparsity)
+        facts.append(
+            TicketFacts(
+                region=region,
+                step=trainer.global_step if searched is None else searched,
+                emerged=searched is not None or region.sparsity == 0,
+                channels=(mask.num_channels, mask.num_kept),
+                parameters=(parameters, count_parameters(ticket)),
+                macs=(found.macs, macs),
+            )
+        )
+    record = EnsembleRecord(description, edits, tuple(masks), tuple(facts), found.call.sample_shape)
+    for root in (module, *averaged_modules(trainer)):
+        in_slot = root.get_submodule(name)
+        assert isinstance(in_slot, TicketEnsemble)
+        in_slot.record = record
+    return ensemble
+
+
+def find_ensemble(module: nn.Module) -> tuple[str, TicketEnsemble] | None:
+    """The ensemble in a LightningModule and its dotted name; None while the denoiser is dense."""
+    return next(((name, part) for name, part in module.named_modules() if isinstance(part, TicketEnsemble)), None)
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """The ticket's index and the dense name: ``tickets.2.conv_in.weight`` -> ``(2, "conv_in.weight")``."""
+    _, ticket, dense_name = name.split(".", 2)
+    return int(ticket), dense_name

@@ -1,0 +1,383 @@
+"""EarlyBirdDetector: watches a denoiser's pruning masks until they settle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_earlybird.arguments import check_choice, check_positive
+from lightning_earlybird.budget import draw_mask
+from lightning_earlybird.checkpointing import restore_on_load, save_structure
+from lightning_earlybird.convergence import MaskCheck, MaskWindow
+from lightning_earlybird.conversion import FoundDenoiser, convert
+from lightning_earlybird.importance import CRITERIA, Criterion, channel_scores
+from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.probe import DenoiserProbe, check_name
+from lightning_earlybird.regions import TimestepPartition
+from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
+from lightning_earlybird.search import TicketSearch, named_metrics
+from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
+from lightning_earlybird.transition.slots import unwrap
+
+
+class EarlyBirdDetector(pl.Callback):
+    """Finds early-bird tickets: channel masks that have stopped changing while the dense denoiser trains.
+
+    At each check the denoiser's channels are scored, one mask per sparsity is drawn, and its distance to the masks
+    before it is measured. A ticket has *emerged* when the newest mask is at most ``threshold`` away from each of the
+    others in a FIFO of ``window`` masks (Early-Bird tickets, arXiv 1909.11957, section 3; EB-Diff-Train, arXiv
+    2504.09606). The denoiser is found, traced and verified during the first training batch, before anything is learned.
+
+    Logged at each check, per sparsity S: ``earlybird/distance/S`` (the one that decides),
+    ``earlybird/distance_from_init/S``, ``earlybird/distance_to_half/S`` (to the mask at half the training so far), and
+    once ``earlybird/null_line/S`` (the distance of two random masks).
+
+    Differs from the paper: masks are drawn from the raw weights by default, not from averaged ones, in which the
+    initialisation lives on for long and which therefore seem settled early; widths are exact counts, rounded to
+    ``round_to``.
+
+    Args:
+        sparsities: Fractions of channels to remove, each in (0, 1).
+        denoiser: Dotted name of the denoiser in the LightningModule; None finds it by watching the first training
+            batch.
+        every_n_epochs: Check at the end of every so many epochs.
+        every_n_train_steps: Check after every so many optimizer steps instead.
+        window: Masks in the FIFO, the newest included.
+        threshold: Largest mask distance that counts as settled.
+        criterion: ``"magnitude"``, or ``"random"`` as a control.
+        weights: ``"raw"``; ``"ema"`` for the weights kept by a ``WeightAveraging`` callback; ``"auto"`` is raw.
+        on_emergence: What happens when every sparsity has emerged: ``"continue"`` training, ``"stop"`` it, or
+            ``"prune"``: turn the denoiser into the one traditional ticket that serves the whole time axis (needs
+            exactly one sparsity).
+        round_to: Kept widths are multiples of this; None means the pruner's, or 8 without one.
+
+    Attributes:
+        found: The denoiser with its channel plan; None before the first batch and once the denoiser has been replaced.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: In ``setup`` or during the first batch, if the Trainer, the module or the denoiser
+            cannot be pruned.
+        NonFiniteWeightsError: At a check, if a parameter of the denoiser is NaN or infinite.
+
+    Example::
+
+        detector = EarlyBirdDetector([0.3, 0.6, 0.8], threshold=0.1)
+        trainer = L.Trainer(callbacks=[detector])
+        trainer.fit(module)
+        print(detector.emerged)
+    """
+
+    def __init__(
+        self,
+        sparsities: Sequence[float],
+        *,
+        denoiser: str | None = None,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        window: int = 5,
+        threshold: float = 0.1,
+        criterion: Criterion = "magnitude",
+        weights: Literal["auto", "raw", "ema"] = "auto",
+        on_emergence: Literal["continue", "stop", "prune"] = "continue",
+        round_to: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps, round_to=round_to)
+        check_choice("criterion", criterion, CRITERIA)
+        check_choice("weights", weights, ("auto", "raw", "ema"))
+        check_choice("on_emergence", on_emergence, ("continue", "stop", "prune"))
+        self._search = TicketSearch(sparsities, window=window, threshold=threshold)
+        if on_emergence == "prune" and len(sparsities) != 1:
+            raise ValueError(
+                f"on_emergence='prune' with {len(sparsities)} sparsities: one traditional ticket needs exactly one. "
+                "Give one sparsity, or a TimestepAwarePruner with a region for each."
+            )
+        self.sparsities = sparsities
+        self.denoiser = denoiser
+        self.every_n_epochs = every_n_epochs
+        self.every_n_train_steps = every_n_train_steps
+        self.window = window
+        self.threshold = threshold
+        self.criterion: Criterion = criterion
+        self.weights = weights
+        self.on_emergence = on_emergence
+        self.round_to = round_to
+
+        self.found: FoundDenoiser | None = None
+        self._probe: DenoiserProbe | None = None
+        self._last_check_step = -1
+        self._finished = False  # the denoiser has been replaced: there is nothing left to search
+        self._served_denoiser: str | None = None
+        self._served_round_to: int | None = None
+        self._warned_of_inertia = False
+        self._undo_restore: Callable[[], None] | None = None
+
+    # --- outcomes
+
+    @property
+    def emerged(self) -> dict[float, int]:
+        """Sparsity -> optimizer step at which its ticket emerged."""
+        return self._search.emerged
+
+    @property
+    def masks(self) -> dict[float, TicketMask]:
+        """Sparsity -> the newest mask; empty before the first check."""
+        return {s: window.newest for s, window in self.windows.items() if window.newest is not None}
+
+    @property
+    def distances(self) -> dict[float, list[MaskCheck]]:
+        """Sparsity -> every check so far, oldest first."""
+        return {s: window.checks for s, window in self.windows.items()}
+
+    @property
+    def windows(self) -> dict[float, MaskWindow]:
+        """Sparsity -> the masks behind the checks, for figures."""
+        return self._search.windows
+
+    def ticket(self, sparsity: float) -> TicketMask:
+        """The mask that emerged.
+
+        Raises:
+            KeyError: If the sparsity is not searched for.
+            LookupError: If its ticket has not emerged.
+        """
+        if sparsity not in self.windows:
+            raise KeyError(f"sparsity={sparsity} is not searched for. This detector has {list(self.windows)}.")
+        if sparsity not in self._search.tickets:
+            raise LookupError(
+                f"sparsity={sparsity}: no ticket has emerged in {len(self.windows[sparsity].checks)} checks. "
+                "Train longer, or raise threshold."
+            )
+        return self._search.tickets[sparsity]
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(sparsities=[float(s) for s in self.sparsities], denoiser=self.denoiser)
+
+    # --- hooks
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.on_emergence == "prune":
+            self._forget_restore()
+            self._undo_restore = restore_on_load(trainer, pl_module)
+        if stage != "fit":
+            return
+        check_supported(trainer, pl_module)
+        if self._denoiser is not None:
+            check_name(pl_module, self._denoiser)
+        averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.weights == "ema" and not averaging:
+            raise MisconfigurationException(
+                "weights='ema' needs a WeightAveraging callback in the Trainer. Add EMAWeightAveraging(), or use "
+                "weights='raw'."
+            )
+        if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
+            self._search = TicketSearch(self.sparsities, window=self.window, threshold=self.threshold)
+            self.found, self._finished, self._last_check_step = None, False, -1
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_supported(trainer, pl_module, None if self._finished else self._denoiser)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.weights == "auto" and averaged_modules(trainer) and not self._finished:
+            rank_zero_info(
+                "EarlyBirdDetector: masks are drawn from the raw weights; weights='ema' would draw them from the "
+                "averaged ones."
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.found is None and not self._finished:
+            self._probe = DenoiserProbe(pl_module, self._denoiser)
+            self._probe.start()
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        # Before anything is learned: errors come early, and the initial mask is that of the initial weights. A step
+        # that has not called the denoiser yet (several optimizers) is watched to its end.
+        if self._probe is not None and self._probe.called:
+            self._find(trainer, pl_module, self._probe)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._probe is not None:
+            self._find(trainer, pl_module, self._probe)
+        if self.every_n_train_steps and trainer.global_step and trainer.global_step % self.every_n_train_steps == 0:
+            self.check(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every_n_train_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.check(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.on_emergence == "prune":
+            save_structure(pl_module, checkpoint)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop_probe()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop_probe()
+        self._forget_restore()
+
+    # --- the search
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw one mask per sparsity from the present weights, and see whether tickets have emerged.
+
+        Once for an optimizer step: with accumulation several batches share one, and the first of them has checked it.
+        """
+        step = trainer.global_step
+        if self.found is None or self._finished or step == self._last_check_step:
+            return
+        self._last_check_step = step
+        masks = self.draw(trainer, pl_module)
+        checks = self._search.push(masks, step)
+        metrics = named_metrics(checks)
+        for sparsity, check in checks.items():
+            if check.distance is not None:
+                pl_module.log(f"distance/{sparsity:g}", check.distance, prog_bar=True, logger=False)
+            # Every rank scores the same weights, yet a switch on one rank only would hang the others: they vote.
+            converged = trainer.strategy.reduce_boolean_decision(check.converged, all=True)
+            if converged and sparsity not in self.emerged:
+                self._search.emerge(sparsity, masks[sparsity], step)
+                metrics[f"earlybird/emerged/{sparsity:g}"] = step
+                rank_zero_info(
+                    f"EarlyBirdDetector: the ticket of sparsity {sparsity:g} emerged at step {step}: its mask is at "
+                    f"most {check.distance:.3f} away from the {self.window - 1} before it."
+                )
+        log_metrics(trainer, metrics)
+        if self._search.done:
+            self._act_on_emergence(trainer, pl_module)
+
+    def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[float, TicketMask]:
+        """One mask per sparsity from the present weights; nothing is recorded.
+
+        Raises:
+            NonFiniteWeightsError: If a parameter of the denoiser is NaN or infinite.
+        """
+        assert self.found is not None
+        root = pl_module
+        if self.weights == "ema":
+            (root,) = averaged_modules(trainer)[:1]
+            self._warn_of_inertia(trainer)
+        network = unwrap(root.get_submodule(self.found.call.name))
+        # Seeded by the step, so that the random control agrees between ranks.
+        generator = torch.Generator().manual_seed(trainer.global_step)
+        scores = channel_scores(dict(network.named_parameters()), self.found.plan, self.criterion, generator)
+        round_to = self.round_to or self._served_round_to or 8
+        return {s: draw_mask(self.found.plan, scores, s, round_to=round_to) for s in self.windows}
+
+    def serve(self, *, denoiser: str | None, round_to: int) -> None:
+        """Take the settings of the pruner that will use the masks.
+
+        Raises:
+            MisconfigurationException: If the two were given settings that contradict each other.
+        """
+        if self.on_emergence != "continue":
+            raise MisconfigurationException(
+                f"on_emergence={self.on_emergence!r} contradicts the TimestepAwarePruner, which acts on emergence "
+                "itself. Leave it at 'continue'."
+            )
+        for name, own, given in (("denoiser", self.denoiser, denoiser), ("round_to", self.round_to, round_to)):
+            if own is not None and given is not None and own != given:
+                raise MisconfigurationException(
+                    f"{name}={own!r} of the EarlyBirdDetector contradicts {name}={given!r} of the TimestepAwarePruner. "
+                    "Give it to one of them."
+                )
+        self._served_denoiser = denoiser
+        self._served_round_to = round_to
+
+    def finish(self) -> None:
+        """Stop searching: the denoiser has been replaced."""
+        self._stop_probe()
+        self._finished = True
+        self.found = None
+
+    @property
+    def _denoiser(self) -> str | None:
+        return self.denoiser or self._served_denoiser
+
+    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: DenoiserProbe) -> None:
+        self._stop_probe()
+        self.found = FoundDenoiser.trace(pl_module, probe.resolve())
+        check_supported(trainer, pl_module, self.found.call.name)
+        if not self._search.started:
+            log_metrics(trainer, self._search.start(self.draw(trainer, pl_module), trainer.global_step))
+
+    def _stop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.stop()
+            self._probe = None
+
+    def _forget_restore(self) -> None:
+        if self._undo_restore is not None:
+            self._undo_restore()
+            self._undo_restore = None
+
+    def _act_on_emergence(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.on_emergence == "stop":
+            rank_zero_info("EarlyBirdDetector: every ticket has emerged; training stops.")
+            trainer.should_stop = True
+        elif self.on_emergence == "prune":
+            assert self.found is not None
+            ((sparsity, mask),) = self.masks.items()
+            partition = TimestepPartition.whole(sparsity)
+            ensemble = convert(trainer, pl_module, self.found, partition, [mask], self.emerged)
+            self.finish()
+            assert ensemble.record is not None
+            rank_zero_info(
+                f"EarlyBirdDetector: the denoiser has become a ticket at step {trainer.global_step}.\n"
+                f"{ticket_table(ensemble.record.facts)}"
+            )
+            log_ticket_table(trainer, "earlybird/tickets", ensemble.record.facts)
+
+    def _warn_of_inertia(self, trainer: pl.Trainer) -> None:
+        share = initial_share(trainer)
+        if share is not None and share > 0.5 and not self._warned_of_inertia:
+            self._warned_of_inertia = True
+            rank_zero_warn(
+                f"weights='ema': the initialisation still makes up {share:.0%} of the averaged weights at step "
+                f"{trainer.global_step}, so that masks drawn from them agree whatever is learned. Use weights='raw' or "
+                "a smaller decay."
+            )
+
+    # --- state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": 1,
+            "search": self._search.state_dict(),
+            "last_check_step": self._last_check_step,
+            "finished": self._finished,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._search.load_state_dict(state_dict["search"])
+        self._last_check_step = state_dict["last_check_step"]
+        self._finished = state_dict["finished"]

@@ -1,0 +1,381 @@
+"""TimestepAwarePruner: turns the dense denoiser into one small network per timestep region, in the middle of a fit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_earlybird.arguments import check_choice, check_positive
+from lightning_earlybird.checkpointing import restore_on_load, save_structure
+from lightning_earlybird.conversion import convert, find_ensemble
+from lightning_earlybird.detector import EarlyBirdDetector
+from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.probe import check_name
+from lightning_earlybird.regions import RegionLike, TimestepPartition
+from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
+from lightning_earlybird.switch_loss import SwitchLoss
+from lightning_earlybird.tickets import TicketFacts, check_target, load_ensemble, save_ensemble, tensor_names
+from lightning_earlybird.transition import averaged_modules, check_supported, replace_denoiser
+from lightning_earlybird.transition.slots import unwrap
+
+
+class SearchLimitError(RuntimeError):
+    """Tickets had not emerged by ``max_search_steps``, and ``on_search_limit="raise"`` asked to be told."""
+
+
+class TimestepAwarePruner(pl.Callback):
+    """Gives each stretch of the time axis a network of its own, as sparse as it can bear, in the middle of a fit.
+
+    The dense denoiser trains until the tickets of all regions have emerged (see :class:`EarlyBirdDetector`). Then, in
+    the same fit, it is replaced by an ensemble that routes every sample to the ticket of its timestep's region: the
+    module's ``training_step`` and its timesteps stay as they are. Optimizer moments, schedules and averaged weights are
+    carried over. The tickets are written to ``directory / "switch"`` at that moment, and the trained ensemble to
+    ``directory / "ensemble"`` at the end of the fit (with the averaged weights, where a callback keeps such).
+
+    The method is EB-Diff-Train's timestep-aware tickets (arXiv 2504.09606). Differs from the paper: all tickets are
+    drawn from the weights at the switch, when the last one has emerged, instead of each from the weights of its own
+    emergence; optimizer moments are kept, not reset; in one process the tickets train together, each on the share of
+    the timesteps that falls into its region, instead of one after the other with budgets of their own.
+
+    Args:
+        regions: Regions that partition the time axis: :class:`TimestepRegion`, triples ``(start, stop, sparsity)`` or
+            mappings; or the path of tickets that were saved earlier, which then replace the denoiser at the start of
+            the fit.
+        denoiser: Dotted name of the denoiser in the LightningModule; None finds it by watching the first training
+            batch.
+        overlap: How far each region's training reaches past its upper end, in the module's own time unit. Inference
+            never overlaps.
+        max_search_steps: Optimizer steps after which the search ends; None never ends it.
+        on_search_limit: ``"prune"`` takes the masks of that moment; ``"raise"`` stops with :class:`SearchLimitError`.
+        rewind: ``"init"`` gives the tickets the initial weights under their masks, with fresh optimizer state (the
+            lottery-ticket control); None keeps what the dense denoiser has learned.
+        round_to: Kept widths are multiples of this.
+        target: What sparsity counts: ``"channels"``.
+        dirpath: Where tickets are written; None means ``tickets`` beside the first logger's files, or a new
+            ``earlybird/version_N`` in the Trainer's ``default_root_dir`` without a logger.
+
+    Attributes:
+        detector: The detector in use: the Trainer's, or one that the pruner brought.
+        facts: What is known about each ticket, in region order; empty before the switch.
+        switched_at: Optimizer step of the switch; None before it.
+        directory: Where tickets are written; None before the fit.
+
+    Raises:
+        ValueError: If an argument is out of range, or the regions do not partition an axis.
+        MisconfigurationException: In ``setup`` or during the first batch, if the Trainer, the module or the denoiser
+            cannot be pruned.
+        SearchLimitError: See ``on_search_limit``.
+
+    Example::
+
+        pruner = TimestepAwarePruner([(0, 240, 0.3), (240, 440, 0.6), (440, 1000, 0.8)], overlap=20)
+        L.Trainer(callbacks=[pruner]).fit(module)
+    """
+
+    def __init__(
+        self,
+        regions: Sequence[RegionLike] | str | os.PathLike[str],
+        *,
+        denoiser: str | None = None,
+        overlap: float = 0,
+        max_search_steps: int | None = None,
+        on_search_limit: Literal["prune", "raise"] = "prune",
+        rewind: Literal["init"] | None = None,
+        round_to: int = 8,
+        target: Literal["channels"] = "channels",
+        dirpath: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(max_search_steps=max_search_steps, round_to=round_to)
+        check_choice("on_search_limit", on_search_limit, ("prune", "raise"))
+        check_choice("rewind", rewind, (None, "init"))
+        check_choice("target", target, ("channels",))
+        self.regions = regions
+        self.denoiser = denoiser
+        self.overlap = overlap
+        self.max_search_steps = max_search_steps
+        self.on_search_limit = on_search_limit
+        self.rewind = rewind
+        self.round_to = round_to
+        self.target = target
+        self.dirpath = dirpath
+
+        # Exactly one of the two: regions to search tickets for, or the tickets themselves.
+        self._saved = Path(regions) if isinstance(regions, str | os.PathLike) else None
+        self._partition = TimestepPartition.of(regions, overlap) if not isinstance(regions, str | os.PathLike) else None
+        self.detector: EarlyBirdDetector | None = None
+        self.facts: tuple[TicketFacts, ...] = ()
+        self.switched_at: int | None = None
+        self.directory: Path | None = None
+        self._initial: dict[str, Tensor] | None = None
+        self._loss = SwitchLoss()
+        self._undo_restore: Callable[[], None] | None = None
+
+    @property
+    def phase(self) -> Literal["search", "tickets"]:
+        """What the fit is doing: searching with the dense denoiser, or training tickets."""
+        return "search" if self.switched_at is None else "tickets"
+
+    # --- hooks
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._forget_restore()
+        self._undo_restore = restore_on_load(trainer, pl_module)
+        if stage != "fit":
+            return
+        check_supported(trainer, pl_module)
+        if self.denoiser is not None:
+            check_name(pl_module, self.denoiser)
+        if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
+            self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
+        if self._partition is not None:
+            self._take_detector(trainer, pl_module, self._partition)
+            if trainer.world_size == 1 and any(region.max_steps for region in self._partition):
+                rank_zero_warn(
+                    "regions: max_steps has no effect in one process, where all tickets train together; the Trainer's "
+                    "max_steps ends the fit."
+                )
+        directory = Path(self.dirpath) if self.dirpath is not None else _default_directory(trainer)
+        self.directory = Path(trainer.strategy.broadcast(str(directory)))
+        for name in ("switch", "ensemble"):
+            check_target(self.directory / name)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        present = find_ensemble(pl_module)
+        if present is None and self._saved is not None:
+            self._take_saved(trainer, pl_module, self._saved)
+        elif present is not None:
+            self._resume(trainer, *present)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._remember_initial(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        log_metrics(trainer, self._loss.add(outputs))
+        limit = self.max_search_steps
+        self._consider_switch(trainer, pl_module, at_limit=limit is not None and trainer.global_step >= limit)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._consider_switch(trainer, pl_module, at_limit=False)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
+        if found is not None and self.directory is not None:
+            _write(trainer, found[1], self.directory / "ensemble")
+            rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(self.directory / 'ensemble')!r}.")
+        elif self.detector is not None:
+            progress = {
+                s: f"emerged at step {self.detector.emerged[s]}" if s in self.detector.emerged else _last(window.checks)
+                for s, window in self.detector.windows.items()
+            }
+            rank_zero_warn(
+                f"TimestepAwarePruner: the fit ended during the search, the denoiser is still dense ({progress}). "
+                "Train longer, check more often, raise threshold, or set max_search_steps."
+            )
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        save_structure(pl_module, checkpoint)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._forget_restore()
+
+    # --- the search and its end
+
+    def _take_detector(self, trainer: pl.Trainer, pl_module: pl.LightningModule, partition: TimestepPartition) -> None:
+        """Use the Trainer's detector or bring one; it acts first, so that a check and its switch coincide."""
+        needed = [sparsity for sparsity in partition.sparsities if sparsity > 0]
+        callbacks: list[pl.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
+        present = [callback for callback in callbacks if isinstance(callback, EarlyBirdDetector)]
+        covering = [detector for detector in present if set(needed) <= set(detector.windows)]
+        if present and len(covering) != 1:
+            problem = "none covers" if not covering else "more than one covers"
+            raise MisconfigurationException(
+                f"regions need the sparsities {needed}, and of the EarlyBirdDetectors with "
+                f"{[list(detector.windows) for detector in present]} {problem} them. Give one detector all of them, or "
+                "none: the pruner then brings its own."
+            )
+        # Where every region stays dense nothing has to settle, but the denoiser must be found all the same.
+        self.detector = covering[0] if covering else EarlyBirdDetector(needed or [0.5])
+        self.detector.serve(denoiser=self.denoiser, round_to=self.round_to)
+        callbacks = [callback for callback in callbacks if callback is not self.detector]
+        callbacks.insert(callbacks.index(self), self.detector)
+        # A new list: Lightning is iterating over the old one at this moment.
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        if not covering:
+            self.detector.setup(trainer, pl_module, "fit")
+
+    def _consider_switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, at_limit: bool) -> None:
+        detector, partition = self.detector, self._partition
+        if self.switched_at is not None or partition is None or detector is None or detector.found is None:
+            return
+        missing = [s for s in partition.sparsities if s > 0 and s not in detector.emerged]
+        if missing and not at_limit:
+            return
+        if missing and self.on_search_limit == "raise":
+            raise SearchLimitError(
+                f"max_search_steps={self.max_search_steps}: the tickets of sparsity {missing} have not emerged by step "
+                f"{trainer.global_step}. Raise max_search_steps or threshold, or take the masks as they are with "
+                "on_search_limit='prune'."
+            )
+        if missing:
+            rank_zero_warn(
+                f"max_search_steps={self.max_search_steps} reached: the masks of sparsity {missing} are taken as they "
+                "are, although they have not settled."
+            )
+        self._switch(trainer, pl_module, detector, partition)
+
+    def _switch(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        detector: EarlyBirdDetector,
+        partition: TimestepPartition,
+    ) -> None:
+        assert detector.found is not None and self.directory is not None
+        found = detector.found
+        drawn = detector.draw(trainer, pl_module)
+        masks = [drawn[region.sparsity] if region.sparsity > 0 else found.plan.full_mask() for region in partition]
+        ensemble = convert(trainer, pl_module, found, partition, masks, detector.emerged, initial_weights=self._initial)
+        assert ensemble.record is not None
+        detector.finish()
+        self._initial = None
+        self.facts = ensemble.record.facts
+        self.switched_at = trainer.global_step
+        self._loss.switch()
+        _write(trainer, ensemble, self.directory / "switch")
+        rank_zero_info(
+            f"TimestepAwarePruner: the denoiser has become {len(partition)} tickets at step {self.switched_at}.\n"
+            f"{ticket_table(self.facts)}"
+        )
+        log_ticket_table(trainer, "earlybird/tickets", self.facts)
+        metrics: dict[str, float | None] = {"earlybird/switch_step": self.switched_at}
+        for index, fact in enumerate(self.facts):
+            metrics[f"ticket_{index}/channels_removed"] = fact.achieved_channels
+            metrics[f"ticket_{index}/parameters_removed"] = fact.achieved_parameters
+            metrics[f"ticket_{index}/macs_removed"] = fact.achieved_macs
+        log_metrics(trainer, metrics)
+
+    def _remember_initial(self, pl_module: pl.LightningModule) -> None:
+        searching = self.switched_at is None and self.detector is not None and self.detector.found is not None
+        if self.rewind == "init" and self._initial is None and searching:
+            assert self.detector is not None and self.detector.found is not None
+            network = unwrap(pl_module.get_submodule(self.detector.found.call.name))
+            self._initial = {key: value.detach().to("cpu", copy=True) for key, value in network.state_dict().items()}
+
+    # --- tickets that are there already
+
+    def _take_saved(self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
+        """Put tickets that were saved earlier in the denoiser's place."""
+        name = self.denoiser or _matching_denoiser(pl_module, path)
+        dense = unwrap(pl_module.get_submodule(name))
+        saved = load_ensemble(path, denoiser=lambda: copy.deepcopy(dense))
+        replace_denoiser(
+            trainer,
+            pl_module,
+            name,
+            build=lambda _: copy.deepcopy(saved),
+            inherit=lambda _, tensor: tensor,
+            source=lambda new: new.split(".", 2)[2],
+        )
+        self._resume(trainer, name, saved)
+        rank_zero_info(
+            f"TimestepAwarePruner: {len(saved.tickets)} tickets from {str(path)!r} have replaced the denoiser "
+            f"{name!r}.\n{ticket_table(self.facts)}"
+        )
+
+    def _resume(self, trainer: pl.Trainer, name: str, ensemble: TicketEnsemble) -> None:
+        """The denoiser's place is taken by tickets already: go on with those."""
+        if self._partition is not None and ensemble.partition != self._partition:
+            raise MisconfigurationException(
+                f"regions={self._partition.to_json()} differ from those of the tickets in {name!r}, "
+                f"{ensemble.partition.to_json()}. Resume with the regions that the tickets were made for."
+            )
+        if self.detector is not None:
+            self.detector.finish()
+        if self.switched_at is None:
+            self.switched_at = trainer.global_step
+        if ensemble.record is not None:
+            self.facts = ensemble.record.facts
+
+    def _forget_restore(self) -> None:
+        if self._undo_restore is not None:
+            self._undo_restore()
+            self._undo_restore = None
+
+    # --- state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"format_version": 1, "switched_at": self.switched_at, "initial_weights": self._initial}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.switched_at = state_dict["switched_at"]
+        self._initial = state_dict["initial_weights"]
+
+
+def _write(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path) -> None:
+    record = ensemble.record
+    assert record is not None
+    if trainer.is_global_zero:
+        save_ensemble(
+            directory,
+            ensemble,
+            denoiser=record.denoiser,
+            edits=record.edits,
+            masks=record.masks,
+            facts=record.facts,
+            sample_shape=record.sample_shape,
+        )
+
+
+def _default_directory(trainer: pl.Trainer) -> Path:
+    """Beside the logger's own files, as Lightning places its checkpoints; a new folder where there is no logger."""
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "tickets"
+    root = Path(trainer.default_root_dir) / "earlybird"
+    number = 0
+    while (root / f"version_{number}").exists():
+        number += 1
+    return root / f"version_{number}"
+
+
+def _matching_denoiser(module: nn.Module, path: Path) -> str:
+    """The sub-module whose tensors have the names of the saved tickets' tensors."""
+    names = tensor_names(path)
+    matches = [name for name, part in module.named_modules() if name and set(unwrap(part).state_dict()) == names]
+    outermost = [name for name in matches if not any(name.startswith(f"{other}.") for other in matches)]
+    if len(outermost) != 1:
+        raise MisconfigurationException(
+            f"regions={str(path)!r}: {len(outermost)} sub-modules have the tensors of these tickets. Name the "
+            "denoiser, for example denoiser='model'."
+        )
+    return str(outermost[0])
+
+
+def _last(checks: Sequence[Any]) -> str:
+    distance = checks[-1].distance if checks else None
+    return f"{len(checks)} checks" if distance is None else f"distance {distance:.3f} after {len(checks)} checks"
