@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MATPLOTLIB_AVAILABLE = RequirementCache("matplotlib>=3.7")
+MATPLOTLIB_AVAILABLE = RequirementCache("matplotlib>=3.8")
 
 Cell: TypeAlias = str | int | float | bool | None
 
@@ -325,7 +325,7 @@ def _pixels(figure: "Figure") -> "np.ndarray[Any, np.dtype[np.uint8]]":
     own = figure.canvas
     canvas: Any = own if isinstance(own, FigureCanvasAgg) else FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    pixels: np.ndarray[Any, np.dtype[np.uint8]] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     figure.set_canvas(own)
     return pixels
 

@@ -270,7 +270,7 @@ class TestFigures:
 
     @pytest.mark.parametrize("draw", [overlap_figure, lambda windows: distance_figure(windows, 0.1)])
     def test_no_windows_is_an_error(self, draw: Any) -> None:
-        with pytest.raises(ValueError, match="windows={} must hold at least one sparsity"):
+        with pytest.raises(ValueError, match=r"windows=\{\} must hold at least one sparsity"):
             draw({})
 
     def test_without_matplotlib_the_error_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
