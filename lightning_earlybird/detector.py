@@ -33,7 +33,7 @@ class EarlyBirdDetector(pl.Callback):
 
     At each check the denoiser's channels are scored, one mask per sparsity is drawn, and its distance to the masks
     before it is measured. A ticket has *emerged* when the newest mask is at most ``threshold`` away from each of the
-    others in a FIFO of ``window`` masks (Early-Bird tickets, arXiv 1909.11957, section 3; EB-Diff-Train, arXiv
+    others in a FIFO of ``window`` masks (Early-Bird tickets, arXiv 1909.11957; EB-Diff-Train, arXiv
     2504.09606). The denoiser is found, traced and verified during the first training batch, before anything is learned.
 
     Logged at each check, per sparsity S: ``earlybird/distance/S`` (the one that decides),

@@ -16,8 +16,24 @@ from lightning_earlybird.transition.slots import unwrap
 
 # Under which names published denoisers take their timesteps. Where none fits, the first per-sample argument is taken.
 TIMESTEP_NAMES = frozenset(
-    """timestep timesteps time_step time_steps t ts time times sigma sigmas
-    noise_level noise_levels noise_labels c_noise log_snr logsnr""".split()
+    [
+        "timestep",
+        "timesteps",
+        "time_step",
+        "time_steps",
+        "t",
+        "ts",
+        "time",
+        "times",
+        "sigma",
+        "sigmas",
+        "noise_level",
+        "noise_levels",
+        "noise_labels",
+        "c_noise",
+        "log_snr",
+        "logsnr",
+    ]
 )
 
 

@@ -1,0 +1,91 @@
+"""The package as a whole: its public names, what importing it costs, and the README's snippets."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_earlybird
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(lightning_earlybird.__all__) == [
+        "EarlyBirdDetector",
+        "EnsembleFormatError",
+        "NonFiniteWeightsError",
+        "SearchLimitError",
+        "TicketEnsemble",
+        "TicketEnsembleSampler",
+        "TicketFacts",
+        "TicketMask",
+        "TimestepAwarePruner",
+        "TimestepPartition",
+        "TimestepRegion",
+    ]
+    assert all(hasattr(lightning_earlybird, name) for name in lightning_earlybird.__all__)
+
+
+def test_importing_the_package_leaves_wandb_diffusers_and_matplotlib_alone() -> None:
+    # Lightning imports what it likes (matplotlib where it is installed): only what comes on top counts.
+    code = (
+        "import sys, lightning.pytorch; before = set(sys.modules); import lightning_earlybird;"
+        "print(sorted({'wandb', 'diffusers', 'matplotlib', 'sklearn', 'torch_pruning'} & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class _Tutorial(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(16, 16),
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            add_attention=False,
+        )
+        self.scheduler = DDPMScheduler()
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        (images,) = batch
+        noise = torch.randn_like(images)
+        steps = torch.randint(self.scheduler.config.num_train_timesteps, (images.size(0),))
+        residual = self.model(self.scheduler.add_noise(images, noise, steps), steps).sample
+        return torch.nn.functional.mse_loss(residual, noise)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+@pytest.mark.slow
+def test_the_readme_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    use, later = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    # Only what it costs is changed: epochs, images, sampling steps.
+    for long, short in (("max_epochs=500", "max_epochs=6"), ("sample(64", "sample(4"), ("steps=100", "steps=5")):
+        assert long in use
+        use = use.replace(long, short)
+    later = later.replace("batch_size=16", "batch_size=2").replace("steps=50", "steps=5")
+    torch.manual_seed(0)
+    images = TensorDataset(torch.rand(16, 1, 8, 8) * 2 - 1)
+    names: dict[str, object] = {"module": _Tutorial(), "datamodule": DataLoader(images, batch_size=8)}
+    exec(compile(use, str(README), "exec"), names)
+    sampled = names["images"]
+    assert isinstance(sampled, torch.Tensor)
+    assert sampled.shape == (4, 1, 8, 8)
+    assert sampled.abs().max() <= 1
+    exec(compile(later, str(README), "exec"), names)
+    assert len(names["images"]) == 2  # type: ignore[arg-type]
