@@ -12,8 +12,8 @@ from lightning_earlybird.structure import ChannelGroup, ChannelPlan
 def kept_per_row(group: ChannelGroup, sparsity: float, round_to: int) -> int:
     """How many channels every row of a group keeps (a group without heads is one row).
 
-    The group's kept width is the multiple of ``round_to`` nearest to ``(1 - sparsity)`` of its width, halves rounded up, at least one multiple; a group
-    narrower than ``round_to`` stays whole.
+    The group's kept width is the multiple of ``round_to`` nearest to ``(1 - sparsity)`` of its width, halves rounded
+    up, at least one multiple; a group narrower than ``round_to`` stays whole.
     """
     width = group.size // group.rows
     if sparsity == 0.0:
@@ -41,9 +41,14 @@ def draw_mask(plan: ChannelPlan, scores: Tensor, sparsity: float, *, round_to: i
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity={sparsity} must lie in [0, 1): it is the fraction of channels to remove.")
     if round_to < 1:
-        raise ValueError(f"round_to={round_to} must be at least 1. Use 8 for widths that tensor cores like, 1 for exact fractions.")
+        raise ValueError(
+            f"round_to={round_to} must be at least 1. Use 8 for widths that tensor cores like, 1 for exact fractions."
+        )
     if scores.shape != (plan.num_channels,):
-        raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit the plan: one score a channel is needed, ({plan.num_channels},).")
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} do not fit the plan: one score a channel is needed, "
+            f"({plan.num_channels},)."
+        )
     kept: dict[str, Tensor] = {}
     for group in plan.groups:
         rows = scores[group.channels].view(group.rows, -1)

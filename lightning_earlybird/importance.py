@@ -17,13 +17,16 @@ class NonFiniteWeightsError(ValueError):
 
 
 def channel_scores(
-    tensors: Mapping[str, Tensor], plan: ChannelPlan, criterion: Criterion = "magnitude", generator: torch.Generator | None = None
+    tensors: Mapping[str, Tensor],
+    plan: ChannelPlan,
+    criterion: Criterion = "magnitude",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Score every channel on the intact network.
 
-    ``"magnitude"`` is the group norm of Early-Bird Diffusion (section 3, after L1/L2 filter pruning): the mean over everything that hangs on a channel (its
-    filter, the slices of its consumers, whatever is coupled to it) of the sum of squared weights. Only the ranking within a group is used. ``"random"`` is the
-    control.
+    ``"magnitude"`` is the group norm of Early-Bird Diffusion (section 3, after L1/L2 filter pruning): the mean over
+    everything that hangs on a channel (its filter, the slices of its consumers, whatever is coupled to it) of the sum
+    of squared weights. Only the ranking within a group is used. ``"random"`` is the control.
 
     Args:
         tensors: The denoiser's parameters by name (raw or averaged).
@@ -62,7 +65,7 @@ def channel_scores(
         bad = [name for name, weight in weighed.items() if not bool(torch.isfinite(weight).all())]
         named = ", ".join(repr(name) for name in bad[:3]) or "the sum of squares (weights too large for float32)"
         raise NonFiniteWeightsError(
-            f"parameter {named} of the denoiser holds NaN or infinite values ({len(bad)} such parameters): no mask is drawn from them. "
-            "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
+            f"parameter {named} of the denoiser holds NaN or infinite values ({len(bad)} such parameters): no mask is "
+            "drawn from them. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
         )
     return scores

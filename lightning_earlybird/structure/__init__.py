@@ -1,4 +1,7 @@
-"""The structure engine: which channels a denoiser has, and smaller networks made of some of them. The one place that edits modules."""
+"""The structure engine: which channels a denoiser has, and smaller networks made of some of them.
+
+This is the one place that edits modules.
+"""
 
 from lightning_earlybird.structure.adapters import attribute_edits
 from lightning_earlybird.structure.cost import count_macs, count_parameters

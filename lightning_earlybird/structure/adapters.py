@@ -1,6 +1,7 @@
-"""Modules that keep a width as a plain attribute, and what that attribute must be once their tensors have changed shape.
+"""Modules that keep a width as a plain attribute, and what it must be once their tensors have changed shape.
 
-Types are matched by class name along the method resolution order, so that diffusers is not imported. To support a further module, add an entry.
+Types are matched by class name along the method resolution order, so that diffusers is not imported. To support a
+further module, add an entry.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,8 @@ class Adapter:
     Attributes:
         names: The attributes that may change; nothing else is ever written, from a trace or from a file.
         repair: (module with its new tensors, dense original, new input width or None) -> values for some of ``names``.
-        input_dim: Which dimension of the module's first input holds channels, for modules whose own tensors do not tell the width.
+        input_dim: Which dimension of the module's first input holds channels, for modules whose own tensors do not tell
+            the width.
     """
 
     names: tuple[str, ...]
@@ -35,7 +37,11 @@ def largest_divisor(width: int, at_most: int) -> int:
 
 def _conv(new: Any, dense: Any, width: int | None) -> Attributes:
     # A depthwise convolution has one group a channel; every other grouping is left alone (its channels are frozen).
-    groups = new.weight.shape[0] if dense.groups > 1 and dense.groups == dense.in_channels == dense.out_channels else dense.groups
+    groups = (
+        new.weight.shape[0]
+        if dense.groups > 1 and dense.groups == dense.in_channels == dense.out_channels
+        else dense.groups
+    )
     first, second = new.weight.shape[0], new.weight.shape[1] * groups
     inputs, outputs = (first, second) if dense.transposed else (second, first)
     return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
@@ -69,16 +75,21 @@ def _resample(new: Any, dense: Any, width: int | None) -> Attributes:
     conv = getattr(new, "conv", None)
     if conv is None:
         conv = getattr(new, "Conv2d_0", None)
-    if isinstance(getattr(conv, "weight", None), nn.Parameter):
+    weight = getattr(conv, "weight", None)
+    if isinstance(weight, nn.Parameter):
         # The convolution is read from its weight, not from its attributes: those may not have been repaired yet.
-        weight = conv.weight
-        inputs, outputs = (weight.shape[0], weight.shape[1]) if getattr(conv, "transposed", False) else (weight.shape[1], weight.shape[0])
+        inputs, outputs = (
+            (weight.shape[0], weight.shape[1])
+            if getattr(conv, "transposed", False)
+            else (weight.shape[1], weight.shape[0])
+        )
         return {"channels": inputs, "out_channels": outputs}
     return {"channels": width, "out_channels": width} if width else {}
 
 
 def _attention(new: Any, dense: Any, width: int | None) -> Attributes:
-    """diffusers' Attention: it computes the head width from the tensors at run time; these attributes inform processors and users."""
+    # The Attention of diffusers computes the head width from the tensors at run time; these attributes inform its
+    # processors and users.
     if not hasattr(new, "to_q"):
         return {}
     values: Attributes = {"inner_dim": new.to_q.weight.shape[0], "query_dim": new.to_q.weight.shape[1]}
@@ -124,7 +135,11 @@ def repair_attributes(new: nn.Module, dense: nn.Module, width_of: Callable[[str]
 
 
 def attribute_edits(dense: nn.Module, ticket: nn.Module) -> dict[str, dict[str, int | list[int]]]:
-    """What differs between two networks besides their tensors: module name -> attribute -> the ticket's value (JSON-able)."""
+    """What differs between two networks besides their tensors.
+
+    Returns:
+        Module name -> attribute -> the ticket's value; JSON-able.
+    """
     originals = dict(dense.named_modules())
     edits: dict[str, dict[str, int | list[int]]] = {}
     for name, module in ticket.named_modules():

@@ -15,7 +15,9 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_macs(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> int:
-    """Multiply-accumulate operations of one forward pass: convolutions, matrix products and attention, as PyTorch's FLOP counter knows them.
+    """Multiply-accumulate operations of one forward pass, as PyTorch's FLOP counter knows them.
+
+    It counts convolutions, matrix products and attention.
 
     Args:
         network: The network; its mode and the random state are restored.

@@ -1,8 +1,9 @@
 """Channel labels: which channel every element of a tensor belongs to.
 
-A tensor carries a list of *axes*. An axis is a long tensor of the tensor's own rank whose size is 1 along every dimension where the label does not
-change, so that an activation of shape (B, C, H, W) costs one axis of shape (1, C, 1, 1). Label 0 means "no channel". Labels are handed out to the
-dimensions of parameters; operations move them, tie two of them together (both channels must be kept or removed at once) or freeze them.
+A tensor carries a list of *axes*. An axis is a long tensor of the tensor's own rank whose size is 1 along every
+dimension where the label does not change, so that an activation of shape (B, C, H, W) costs one axis of shape (1, C, 1,
+1). Label 0 means "no channel". Labels are handed out to the dimensions of parameters; operations move them, tie two of
+them together (both channels must be kept or removed at once) or freeze them.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ def align(axis: Tensor, rank: int) -> Tensor:
 def reshape_axis(axis: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """The axis of ``tensor.reshape(new)``, given the axis of a tensor of shape ``old``.
 
-    Works block by block (runs of dimensions with equal products), so that only the dimensions that the labels vary in are ever materialised.
+    Works block by block (runs of dimensions with equal products), so that only the dimensions that the labels vary in
+    are ever materialised.
     """
     expanded: list[int] = []
     target: list[int] = []

@@ -45,7 +45,9 @@ class FrozenChannels:
 
 @dataclass(frozen=True)
 class QueryScale:
-    """Rows of a projection that feed the query of an attention whose scale is ``1 / sqrt(head width)``, computed from the shape at run time.
+    """Rows of a projection that feed the query of an attention.
+
+    Its scale is ``1 / sqrt(head width)``, computed from the shape at run time.
 
     Attributes:
         tensor: Name of the weight.
@@ -63,11 +65,14 @@ class ChannelPlan:
     """How a denoiser's tensors depend on its channels; traced once per fit.
 
     Attributes:
-        ids: Tensor name -> dimension -> channel id of each slice along it, shape (size of the dimension,), -1 where the slice is never pruned.
+        ids: Tensor name -> dimension -> channel id of each slice along it, shape (size of the dimension,), -1 where the
+            slice is never pruned.
         groups: The channel groups, in the order in which the network holds them.
-        inputs: Module name -> channel ids of its input, for modules that keep a width as an attribute (see ``adapters``).
+        inputs: Module name -> channel ids of its input, for modules that keep a width as an attribute (see
+            ``adapters``).
         frozen: What cannot be pruned, with the reason.
-        unknown_operations: Operation name -> number of calls that the tracer had no rule for (their channels are frozen).
+        unknown_operations: Operation name -> number of calls that the tracer had no rule for (their channels are
+            frozen).
         query_scales: Where a narrower attention head needs its query rescaled to compute the same scores.
     """
 
@@ -98,18 +103,28 @@ class ChannelPlan:
         """Shape (num_channels,), bool: the mask by global channel id.
 
         Raises:
-            ValueError: The mask's groups or sizes are not the plan's, or the rows of a group (attention heads) keep different numbers of channels.
+            ValueError: The mask's groups or sizes are not the plan's, or the rows of a group (attention heads) keep
+                different numbers of channels.
         """
         if set(mask.kept) != {group.name for group in self.groups}:
             odd = sorted(set(mask.kept) ^ {group.name for group in self.groups})
-            raise ValueError(f"mask does not belong to this plan: groups {odd[:3]} are in one of them only. Draw the mask from this plan.")
+            raise ValueError(
+                f"mask does not belong to this plan: groups {odd[:3]} are in one of them only. Draw the mask from this "
+                "plan."
+            )
         result = torch.empty(self.num_channels, dtype=torch.bool)
         for group in self.groups:
             kept = mask.kept[group.name]
             if len(kept) != group.size:
-                raise ValueError(f"mask of group {group.name!r} has {len(kept)} channels, the plan has {group.size}. Draw the mask from this plan.")
+                raise ValueError(
+                    f"mask of group {group.name!r} has {len(kept)} channels, the plan has {group.size}. Draw the mask "
+                    "from this plan."
+                )
             if group.rows > 1 and len(set(kept.view(group.rows, -1).sum(dim=1).tolist())) > 1:
-                raise ValueError(f"mask of group {group.name!r} keeps different numbers in its {group.rows} heads; every head must keep equally many.")
+                raise ValueError(
+                    f"mask of group {group.name!r} keeps different numbers in its {group.rows} heads; every head must "
+                    "keep equally many."
+                )
             result[group.channels] = kept
         return result
 
@@ -133,7 +148,12 @@ class ChannelPlan:
         return int(((ids < 0) | kept[ids.clamp_min(0)]).sum())
 
     def row_factors(self, mask: TicketMask) -> dict[str, tuple[int, Tensor]]:
-        """Tensor name -> (dimension, factor per *dense* position): ``sqrt(new / old head width)`` on query rows, 1 elsewhere."""
+        """What keeps the scores of narrower attention heads as they were.
+
+        Returns:
+            Tensor name -> (dimension, factor per *dense* position): ``sqrt(new / old head width)`` on query rows, 1
+            elsewhere.
+        """
         kept = self.kept(mask)
         result: dict[str, tuple[int, Tensor]] = {}
         for scale in self.query_scales:

@@ -1,4 +1,7 @@
-"""Verification: a plan is trusted only after an extracted network has computed what the dense one computes with the same channels zeroed."""
+"""Verification: a plan is trusted only after an extracted network has computed what the dense one computes.
+
+The dense network computes it with the same channels set to zero.
+"""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +37,8 @@ class Verification:
 class _ChannelLocalNorms(TorchDispatchMode):
     """Replaces statistics over several channels by a bounded function of each channel alone.
 
-    Zeroed channels take part in a dense normalisation and missing ones do not: without this, two correct networks would differ.
+    Zeroed channels take part in a dense normalisation and missing ones do not: without this, two correct networks would
+    differ.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,12 +61,18 @@ class _ChannelLocalNorms(TorchDispatchMode):
 
 
 def verify_plan(
-    model: nn.Module, plan: ChannelPlan, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, seed: int = 0, tolerance: float = 1e-4
+    model: nn.Module,
+    plan: ChannelPlan,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-4,
 ) -> Verification:
-    """Extract at random, non-uniform ratios and compare with the zeroed dense network; run the extracted one backward as well.
+    """Extract at random, non-uniform ratios and compare with the zeroed dense network.
 
-    Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing). Groups that fail are tried one by one
-    and frozen.
+    The extracted network also runs backward. Works on copies with random weights (a freshly initialised network may
+    output zeros, which would prove nothing). Groups that fail are tried one by one and frozen.
 
     Args:
         model: The dense denoiser.
@@ -93,13 +103,19 @@ def verify_plan(
         if alone is not None:
             failed[group.name] = alone
     if len(failed) == len(plan.groups):
-        raise StructureError(f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. First: {next(iter(failed.values()))}")
+        raise StructureError(
+            f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
+            f"First: {next(iter(failed.values()))}"
+        )
     reduced = freeze_groups(plan, failed)
-    error, together = _Trial(reference, reduced, args, kwargs or {}, tolerance).run(_random_mask(reduced, reduced.groups, generator))
+    error, together = _Trial(reference, reduced, args, kwargs or {}, tolerance).run(
+        _random_mask(reduced, reduced.groups, generator)
+    )
     if together is not None:
         raise StructureError(
-            f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass verification alone "
-            f"but not together ({together}). Groups whose widths depend on each other in Python code are the usual cause."
+            f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass "
+            f"verification alone but not together ({together}). Groups whose widths depend on each other in Python "
+            "code are the usual cause."
         )
     return Verification(reduced, error, failed)
 
@@ -107,7 +123,9 @@ def verify_plan(
 class _Trial:
     """One comparison of an extracted network with the zeroed dense one."""
 
-    def __init__(self, reference: nn.Module, plan: ChannelPlan, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float) -> None:
+    def __init__(
+        self, reference: nn.Module, plan: ChannelPlan, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+    ) -> None:
         self.reference, self.plan, self.args, self.kwargs, self.tolerance = reference, plan, args, kwargs, tolerance
 
     def run(self, mask: TicketMask) -> tuple[float, str | None]:
@@ -141,7 +159,10 @@ class _Trial:
 def zeroed(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
     """A copy of the dense network in which every slice that the mask removes is zero."""
     result = copy.deepcopy(model)
-    tensors = {**dict(result.named_parameters(remove_duplicate=False)), **dict(result.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(result.named_parameters(remove_duplicate=False)),
+        **dict(result.named_buffers(remove_duplicate=False)),
+    }
     with torch.no_grad():
         for name, dims in plan.keep_indices(mask).items():
             for dim, keep in dims.items():
@@ -162,13 +183,23 @@ def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:
         groups.append(ChannelGroup(group.name, fresh, group.rows))
         count += group.size
     ids = {name: {dim: renumbered[numbers] for dim, numbers in dims.items()} for name, dims in plan.ids.items()}
-    ids = {name: {dim: numbers for dim, numbers in dims.items() if bool((numbers >= 0).any())} for name, dims in ids.items()}
+    ids = {
+        name: {dim: numbers for dim, numbers in dims.items() if bool((numbers >= 0).any())}
+        for name, dims in ids.items()
+    }
     return replace(
         plan,
         ids={name: dims for name, dims in ids.items() if dims},
         groups=tuple(groups),
         inputs={name: renumbered[numbers] for name, numbers in plan.inputs.items()},
-        frozen=(*plan.frozen, *(FrozenChannels(group.name, group.size, failed[group.name]) for group in plan.groups if group.name in failed)),
+        frozen=(
+            *plan.frozen,
+            *(
+                FrozenChannels(group.name, group.size, failed[group.name])
+                for group in plan.groups
+                if group.name in failed
+            ),
+        ),
     )
 
 

@@ -1,0 +1,91 @@
+"""Element-wise operations tie what meets; reductions and mixing along a dimension end what they touch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_earlybird.structure.labels import align, varying
+from lightning_earlybird.structure.rules.registry import Operation, rule
+
+if TYPE_CHECKING:
+    from lightning_earlybird.structure.tracer import ChannelTracer
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+@rule("new_zeros", "new_ones", "new_empty", "new_full", "bernoulli", "fill")
+def fresh(tracer: "ChannelTracer", op: Operation) -> None:
+    """The result does not depend on the operand's values: it carries no channels."""
+
+
+@rule("pointwise")
+def pointwise(tracer: "ChannelTracer", op: Operation) -> None:
+    """Operands that meet element by element share their channels."""
+    result = op.outputs()[0]
+    tracer.put(result, meet(tracer, op.tensors(), result.dim()))
+
+
+def meet(tracer: "ChannelTracer", operands: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """Tie the labels of broadcast operands.
+
+    Returns:
+        The axes of the result; those of earlier operands take precedence.
+    """
+    merged: list[Tensor] = []
+    own: list[list[tuple[int, ...]]] = []
+    for operand in operands:
+        axes = [align(axis, rank) for axis in tracer.axes(operand)]
+        own.append([varying(axis) for axis in axes])
+        for axis in axes:
+            for index, other in enumerate(merged):
+                if set(varying(axis)) & set(varying(other)):
+                    tracer.couplings.tie(other, axis, "meets a tensor without channels")
+                    if len(varying(axis)) > len(varying(other)):
+                        merged[index] = axis
+                    break
+            else:
+                merged.append(axis)
+    # An operand that is wide where others carry channels, but carries none itself, would not shrink with them.
+    for operand, dims in zip(operands, own, strict=True):
+        strides = zip(operand.shape, operand.stride(), strict=True)
+        sizes = (1,) * (rank - operand.dim()) + tuple(1 if stride == 0 else size for size, stride in strides)
+        for axis in merged:
+            mine = set(varying(axis))
+            if any(sizes[dim] > 1 for dim in mine) and not any(mine & set(theirs) for theirs in dims):
+                tracer.couplings.freeze(axis, "meets a tensor of fixed width that carries no channels")
+    return merged
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk")
+def within(tracer: "ChannelTracer", op: Operation) -> None:
+    """Elements along one dimension influence each other: its channels cannot go, the others stay labelled."""
+    source = op.args[0]
+    dim = op.argument(1, "dim", -1) % source.dim()
+    kept = []
+    for axis in tracer.axes(source):
+        if axis.shape[dim] > 1:
+            tracer.couplings.freeze(axis, f"{op.name} over channels")
+        else:
+            kept.append(axis)
+    result = op.out[0] if isinstance(op.out, tuple) else op.out
+    tracer.put(result, kept)
+    tracer.inherit_scores(result, source)
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "linalg_vector_norm", "norm", "prod", "logsumexp")
+def reduce(tracer: "ChannelTracer", op: Operation) -> None:
+    """Reduced dimensions vanish. A sum does not mind missing zeros; other statistics over channels freeze them."""
+    source = op.args[0]
+    given = op.argument(2 if op.name in ("linalg_vector_norm", "norm") else 1, "dim")
+    dims = [given] if isinstance(given, int) else list(given or range(source.dim()))
+    reduced = {dim % source.dim() for dim in dims}
+    for result in op.outputs():
+        keepdim = result.dim() == source.dim()
+        moved = []
+        for axis in tracer.axes(source):
+            hit = reduced & set(varying(axis))
+            if hit and not (op.name == "sum" and hit == set(varying(axis))):
+                tracer.couplings.freeze(axis, f"{op.name} over channels")
+            elif not hit:
+                moved.append(axis if keepdim else axis.squeeze(tuple(sorted(reduced))))
+        tracer.put(result, moved)

@@ -1,0 +1,151 @@
+"""Data movement: labels move along with the elements."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_earlybird.structure.labels import align, compress, reshape_axis, varying
+from lightning_earlybird.structure.rules.registry import Operation, freeze_all, rule
+
+if TYPE_CHECKING:
+    from lightning_earlybird.structure.tracer import ChannelTracer
+
+
+@rule("clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "positive", "_conj")
+@rule("dropout", "native_dropout")
+def same(tracer: "ChannelTracer", op: Operation) -> None:
+    """The (first) result has the operand's labels."""
+    result = op.out[0] if isinstance(op.out, tuple) else op.out
+    tracer.put(result, tracer.axes(op.args[0]))
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten")
+def reshape(tracer: "ChannelTracer", op: Operation) -> None:
+    """Dimensions are merged or split; splitting channels into (heads, width) makes every head keep equally many."""
+    source, result = op.args[0], op.out
+    moved = []
+    for axis in tracer.axes(source):
+        new = reshape_axis(axis, source.shape, result.shape)
+        if len(varying(axis)) == 1 and len(varying(new)) == 2:
+            rows, width = (new.shape[dim] for dim in varying(new))
+            tracer.record_rows(new.reshape(rows, width))
+        moved.append(new)
+    tracer.put(result, moved)
+
+
+@rule("permute", "transpose", "t", "numpy_T", "movedim", "swapaxes")
+def permute(tracer: "ChannelTracer", op: Operation) -> None:
+    """Dimensions change places; axes have the operand's rank, so the same call moves them."""
+    tracer.put(op.out, [op.func(axis, *op.args[1:], **op.kwargs) for axis in tracer.axes(op.args[0])])
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(tracer: "ChannelTracer", op: Operation) -> None:
+    """New dimensions appear in front; a dimension of size 1 stays unlabelled."""
+    tracer.put(op.out, [align(axis, op.out.dim()) for axis in tracer.axes(op.args[0])])
+
+
+@rule("slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind")
+def take(tracer: "ChannelTracer", op: Operation) -> None:
+    """A part (or several) along one dimension."""
+    source = op.args[0]
+    results = list(op.out) if isinstance(op.out, list | tuple) else [op.out]
+    position = 0 if op.name == "unbind" else 1
+    is_dim_second = op.name in ("slice", "narrow", "select")
+    dim = op.argument(position if is_dim_second or op.name == "unbind" else 2, "dim", 0) % source.dim()
+    drops_dim = op.name in ("select", "unbind")
+    moved: list[list[Tensor]] = [[] for _ in results]
+    for axis in tracer.axes(source):
+        if axis.shape[dim] == 1:
+            parts = [axis.squeeze(dim) if drops_dim else axis for _ in results]
+        else:
+            called = op.func(axis, *op.args[1:], **op.kwargs)
+            parts = [compress(part) for part in (called if isinstance(called, list | tuple) else [called])]
+            for part in parts:
+                if not varying(part):
+                    tracer.couplings.freeze(part, "one channel is picked by its position")
+        for target, part in zip(moved, parts, strict=True):
+            target.append(part)
+    for result, axes in zip(results, moved, strict=True):
+        tracer.put(result, axes)
+
+
+@rule("cat", "stack")
+def concatenate(tracer: "ChannelTracer", op: Operation) -> None:
+    """Labels are laid side by side; a piece without labels contributes "no channel"."""
+    pieces: list[Tensor] = list(op.args[0])
+    dim = op.argument(1, "dim", 0) % op.out.dim()
+    axes = [tracer.axes(piece) for piece in pieces]
+    if op.name == "stack":
+        axes = [[axis.unsqueeze(dim) for axis in piece] for piece in axes]
+    counts = {len(piece) for piece in axes}
+    if max(counts) > 1 and len(counts) > 1:
+        # A parameter with several axes beside activations with one (a class token, say): only the axis that varies as
+        # theirs do can go along.
+        wanted = next((varying(piece[0]) for piece in axes if len(piece) == 1), ())
+        for index, piece in enumerate(axes):
+            if len(piece) > 1:
+                match = [axis for axis in piece if varying(axis) == wanted][:1] or piece[:1]
+                for axis in piece:
+                    if axis is not match[0]:
+                        tracer.couplings.freeze(axis, "joined with a tensor that has no such channels")
+                axes[index] = match
+    moved = []
+    for slot in range(max(len(piece) for piece in axes)):
+        blank = torch.zeros((1,) * op.out.dim(), dtype=torch.long)
+        parts = [piece[slot] if len(piece) > slot else blank for piece in axes]
+        sizes = [1 if op.name == "stack" else piece.shape[dim] for piece in pieces]
+        other = [max(part.shape[d] for part in parts) for d in range(op.out.dim())]
+        full = [
+            part.expand([size if d == dim else other[d] for d in range(op.out.dim())])
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+        moved.append(compress(torch.cat(full, dim)))
+    tracer.put(op.out, moved)
+
+
+@rule("constant_pad_nd")
+def pad(tracer: "ChannelTracer", op: Operation) -> None:
+    """Spatial padding belongs to the channel beside it; padding channels adds positions without a channel."""
+    amounts = list(op.args[1])
+    moved = []
+    for axis in tracer.axes(op.args[0]):
+        own = [0] * len(amounts)
+        for k in range(len(amounts) // 2):
+            if axis.shape[axis.dim() - 1 - k] > 1:
+                own[2 * k : 2 * k + 2] = amounts[2 * k : 2 * k + 2]
+        moved.append(torch.constant_pad_nd(axis, own, 0))
+    tracer.put(op.out, moved)
+
+
+@rule("repeat", "index", "index_select", "roll", "flip", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
+@rule("as_strided", "gather")
+def rearrange(tracer: "ChannelTracer", op: Operation) -> None:
+    """Any other data movement: the very operation is run on the labels, written out in full."""
+    source = op.args[0]
+    rest = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (op.args[1:], op.kwargs))
+    for other in op.tensors()[1:]:
+        for axis in tracer.axes(other):
+            tracer.couplings.freeze(axis, f"used as an index by {op.name}")
+    if op.name == "as_strided" and not source.is_contiguous():
+        freeze_all(tracer, op, "strided access")
+        return
+    moved = [
+        compress(op.func(axis.expand(source.shape).contiguous(), *rest[0], **rest[1])) for axis in tracer.axes(source)
+    ]
+    tracer.put(op.out, moved)
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
+@rule("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
+@rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")
+@rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d_with_indices")
+@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+@rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
+def spatial(tracer: "ChannelTracer", op: Operation) -> None:
+    """Resampling within channels, (B, C, ...) -> (B, C, ...)."""
+    result = op.out[0] if isinstance(op.out, tuple) else op.out
+    tracer.put(result, tracer.along(op.args[0], keep=(0, 1)))

@@ -1,0 +1,175 @@
+"""The tracer: labels every tensor that a network computes, operation by operation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_earlybird.structure.labels import Couplings, varying
+from lightning_earlybird.structure.rules import Operation, find_rule, freeze_all
+
+
+@dataclass
+class _Labelled:
+    """What the trace knows of one tensor."""
+
+    axes: list[Tensor] = field(default_factory=list)
+    parametric: bool = False  # a function of parameters only
+    scores: Tensor | None = None  # attention scores: the labels of the width that was contracted
+
+
+class ChannelTracer(TorchDispatchMode):
+    """Labels every tensor that the network computes while the mode is active.
+
+    Args:
+        model: The network; its parameters and floating-point buffers get labels along every dimension wider than 1.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.couplings = Couplings()
+        self.dimensions: dict[tuple[str, int], Tensor] = {}  # (tensor name, dim) -> labels, in the model's order
+        self.inputs: dict[str, Tensor] = {}  # module -> labels of its input's channel dimension
+        self.rows: list[Tensor] = []  # label matrices whose rows must keep equally many
+        self.queries: list[Tensor] = []  # labels of attention queries, (heads, width)
+        self.unknown: dict[str, int] = {}
+        self._known: Any = WeakTensorKeyDictionary()
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+        for name, tensor in [*model.named_parameters(), *buffers]:
+            axes = []
+            for dim, size in enumerate(tensor.shape):
+                if size > 1:
+                    labels = self.couplings.fresh(size)
+                    self.dimensions[name, dim] = labels
+                    axes.append(labels.view([-1 if d == dim else 1 for d in range(tensor.dim())]))
+            self._known[tensor] = _Labelled(axes, parametric=True)
+
+    # --- what rules read and write
+
+    def axes(self, tensor: Any) -> list[Tensor]:
+        """The axes of a tensor; empty where it carries no channels."""
+        known = self._known.get(tensor) if isinstance(tensor, Tensor) else None
+        return known.axes if known is not None else []
+
+    def put(self, tensor: Any, axes: Sequence[Tensor]) -> None:
+        """Give a result its axes; axes without any channel are dropped."""
+        if isinstance(tensor, Tensor):
+            self._labelled(tensor).axes = [axis for axis in axes if bool((axis != 0).any())]
+
+    def along(self, tensor: Tensor, keep: Sequence[int], must: int | None = None) -> list[Tensor]:
+        """The axes as functions of the dimensions ``keep`` only: labels that differ along any other one are tied.
+
+        With ``must``, only axes that vary along that dimension.
+        """
+        result = []
+        for axis in self.axes(tensor):
+            dims = varying(axis)
+            if (must is not None and must not in dims) or not any(dim in keep for dim in dims):
+                continue
+            for dim in dims:
+                if dim not in keep:
+                    first = axis.narrow(dim, 0, 1)
+                    self.couplings.tie(axis, first, "different channels meet in one position")
+                    axis = first
+            result.append(axis)
+        return result
+
+    def vector(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """The labels along one dimension of a parameter or of something computed from parameters, shape (size,)."""
+        found = self.along(tensor, keep=(dim,), must=dim)
+        return found[0].reshape(-1) if found else None
+
+    def is_parametric(self, tensor: Tensor) -> bool:
+        """Whether the tensor is computed from parameters alone."""
+        known = self._known.get(tensor)
+        return known is not None and bool(known.parametric)
+
+    def set_scores(self, tensor: Tensor, labels: Tensor) -> None:
+        """Remember that a tensor holds attention scores, contracted over these labels."""
+        self._labelled(tensor).scores = torch.unique(labels) if labels.dim() > 1 else labels
+
+    def scores_of(self, tensor: Tensor) -> Tensor | None:
+        """The labels over which attention scores were contracted."""
+        known = self._known.get(tensor)
+        return known.scores if known is not None else None
+
+    def inherit_scores(self, result: Any, source: Tensor) -> None:
+        """A tensor computed element by element from attention scores is attention scores."""
+        scores = self.scores_of(source)
+        if scores is not None and isinstance(result, Tensor) and result.numel() == source.numel():
+            self._labelled(result).scores = scores
+
+    def record_rows(self, matrix: Tensor) -> None:
+        """Each row of this label matrix must keep equally many channels."""
+        self.rows.append(matrix)
+
+    def record_query(self, query: Tensor) -> None:
+        """An attention that will divide by the square root of its query's width, (B, heads, N, width)."""
+        for axis in self.along(query, keep=(1, 3), must=3):
+            if axis.shape[1] in (1, query.shape[1]):
+                self.queries.append(axis.reshape(axis.shape[1], axis.shape[3]))
+
+    def record_input(self, name: str, dim: int, value: Any) -> None:
+        """The channels that a module with a width attribute receives."""
+        if not isinstance(value, Tensor):
+            return
+        for axis in self.along(value, keep=(dim % value.dim(),), must=dim % value.dim()):
+            labels = axis.reshape(-1)
+            if name in self.inputs:
+                self.couplings.tie(self.inputs[name], labels, "one module serves several widths")
+            self.inputs.setdefault(name, labels)
+
+    # --- the mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, then label its results."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operation = Operation(func, func._schema.name.rpartition("::")[2], args, kwargs, out)
+        inputs = operation.tensors()
+        if inputs and all(self.is_parametric(tensor) for tensor in inputs):
+            for result in operation.outputs():
+                self._labelled(result).parametric = True
+        if any(self.axes(tensor) for tensor in inputs):
+            self._apply(operation)
+        if inputs and self.scores_of(inputs[0]) is not None:
+            for result in operation.outputs():
+                self.inherit_scores(result, inputs[0])
+        return out
+
+    def _apply(self, operation: Operation) -> None:
+        applicable = find_rule(operation)
+        if applicable is None:
+            self.unknown[operation.name] = self.unknown.get(operation.name, 0) + 1
+            freeze_all(self, operation, f"no rule for the operation {operation.name}")
+        else:
+            applicable(self, operation)
+
+    def _labelled(self, tensor: Tensor) -> _Labelled:
+        known: _Labelled | None = self._known.get(tensor)
+        if known is None:
+            known = self._known[tensor] = _Labelled()
+        return known
+
+
+class QueryWatch(TorchFunctionMode):
+    """Sees scaled_dot_product_attention before it is decomposed, while its scale can still be told.
+
+    Args:
+        tracer: Where the queries are recorded whose scale depends on their width.
+    """
+
+    def __init__(self, tracer: ChannelTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
+            self._tracer.record_query(args[0] if args else kwargs["query"])
+        return func(*args, **kwargs)
