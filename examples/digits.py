@@ -1,0 +1,283 @@
+"""Quick start: a dense denoiser becomes three timestep-region tickets within one fit, on real 8x8 digits.
+
+    python examples/digits.py                                               # examples/configs/digits.yaml
+    python examples/digits.py trainer.max_epochs=40 pruner.overlap=10       # overrides
+    python examples/digits.py my_digits.yaml                                # a configuration of your own
+
+Ends with tables in the terminal; the ensemble, a grid of samples, two figures and the metrics are in the output folder.
+"""
+
+import copy
+import difflib
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import wandb
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from lightning_earlybird import EarlyBirdDetector, TicketEnsembleSampler, TimestepAwarePruner
+from lightning_earlybird.reporting import distance_figure, log_figure, log_metrics, overlap_figure, ticket_table
+
+CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+def digits(held_out: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out images of scikit-learn's bundled digits, shape (N, 1, 8, 8), values in [-1, 1]."""
+    images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1
+    # A fixed split, whatever the seed of the run.
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    return images[held_out:], images[:held_out]
+
+
+class DigitsDiffusion(L.LightningModule):
+    """A plain DDPM. Nothing in it knows that it will be pruned."""
+
+    def __init__(self, model: DictConfig, optimizer: DictConfig) -> None:
+        super().__init__()
+        levels = len(model.channels)
+        self.model = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=tuple(model.channels),
+            layers_per_block=model.layers_per_block,
+            down_block_types=("DownBlock2D",) * levels,
+            up_block_types=("UpBlock2D",) * levels,
+            norm_num_groups=8,
+        )
+        self.scheduler = DDPMScheduler(num_train_timesteps=model.num_train_timesteps)
+        self.settings = optimizer
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images = batch[0]
+        noise = torch.randn_like(images)
+        steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(images),), device=self.device)
+        residual = self.model(self.scheduler.add_noise(images, noise, steps), steps).sample
+        loss = nn.functional.mse_loss(residual, noise)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        total, settings = self.trainer.estimated_stepping_batches, self.settings
+
+        def factor(step: int) -> float:
+            falling = (total - step) / (total * (1 - settings.constant_share))
+            return min(1.0, (step + 1) / settings.warmup_steps, falling)
+
+        optimizer = torch.optim.Adam(self.parameters(), lr=settings.learning_rate, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class DenseKeeper(Callback):
+    """Keeps the averaged dense denoiser as it was when the pruner replaced it, for comparison, and the time of that.
+
+    Stands before the pruner in the list of callbacks, so that its last copy is made right before the switch.
+    """
+
+    def __init__(self, average: EMAWeightAveraging) -> None:
+        self.average = average
+        self.denoiser: nn.Module | None = None
+        self.search_s = self.total_s = 0.0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module.model, UNet2DModel):
+            # Lightning has no public way to the averaged weights.
+            self.denoiser = copy.deepcopy(self.average._average_model.module.model).eval()
+            self.search_s = time.perf_counter() - self._started
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.total_s = time.perf_counter() - self._started
+
+
+class PhaseBar(TQDMProgressBar):
+    """The usual progress bar, with the phase of the run; the detector itself adds the mask distances."""
+
+    def __init__(self, pruner: TimestepAwarePruner) -> None:
+        super().__init__(refresh_rate=10)
+        self.pruner = pruner
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if self.pruner.phase != "search":
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("distance/")}
+        return {"phase": self.pruner.phase, **metrics}
+
+
+class Pixels(nn.Module):
+    """The pixels themselves as the features of the Fréchet distance."""
+
+    num_features = 64
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).double()
+
+
+def frechet_distance(images: Tensor, real: Tensor) -> float:
+    """Fréchet distance in pixel space, between images of shape (N, 1, 8, 8) and values in [-1, 1]."""
+    metric = FrechetInceptionDistance(Pixels(), normalize=True).set_dtype(torch.float64)
+    metric.update(real, real=True)
+    metric.update(images.cpu(), real=False)
+    return float(metric.compute())
+
+
+def sample_figure(columns: dict[str, Tensor], grid: int) -> Figure:
+    """Grids of images side by side; equal places come from equal noise."""
+    figure = Figure(figsize=(3.6 * len(columns), 3.9), dpi=150, layout="constrained")
+    for axis, (title, images) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
+        # A frame of one pixel around each image.
+        tiles = nn.functional.pad(images[: grid * grid].cpu(), (1, 1, 1, 1), value=-0.6)
+        sheet = tiles.reshape(grid, grid, 10, 10).permute(0, 2, 1, 3).reshape(10 * grid, 10 * grid)
+        axis.imshow(sheet.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axis.set_title(title)
+        axis.set_axis_off()
+    return figure
+
+
+def cost_report(keeper: DenseKeeper, pruner: TimestepAwarePruner, steps: int, batch_size: int) -> str:
+    """What the training cost, in multiply-accumulate operations (a backward pass costs about two forward passes)."""
+    facts, switched_at = pruner.facts, pruner.switched_at or 0
+    span = facts[-1].region.stop - facts[0].region.start
+    dense = 3 * batch_size * facts[0].macs[0]
+    # Timesteps are uniform, so that each ticket gets the share of the samples that is its region's share of the axis.
+    tickets = 3 * batch_size * sum(f.macs[1] * (f.region.stop - f.region.start) / span for f in facts)
+    search, training = switched_at * dense, (steps - switched_at) * tickets
+    lines = [
+        f"{'training cost':<22}{'steps':>7}{'MACs':>10}{'of all':>8}{'seconds':>9}{'of all':>8}",
+        f"{'search (dense)':<22}{switched_at:>7}{search:>10.2e}{search / (search + training):>8.0%}"
+        f"{keeper.search_s:>9.0f}{keeper.search_s / keeper.total_s:>8.0%}",
+        f"{'tickets':<22}{steps - switched_at:>7}{training:>10.2e}{training / (search + training):>8.0%}"
+        f"{keeper.total_s - keeper.search_s:>9.0f}{1 - keeper.search_s / keeper.total_s:>8.0%}",
+        f"Together {(search + training) / (steps * dense):.0%} of the MACs of {steps} dense steps.",
+    ]
+    return "\n".join(lines)
+
+
+def wandb_is_offline(mode: str) -> bool:
+    """Whether W&B must stay offline; looks for a login without asking for one and without the network."""
+    if mode != "auto":
+        return mode == "offline"
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return True
+    return not wandb.login(prompt=False, verify=False)
+
+
+def read_config(arguments: list[str]) -> DictConfig:
+    """The configuration file, with overrides; an unknown key ends the program and names the nearest one."""
+
+    def keys(node: DictConfig, prefix: str = "") -> list[str]:
+        found = []
+        for key, value in node.items():
+            found += [f"{prefix}{key}", *(keys(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else [])]
+        return found
+
+    config = OmegaConf.load(CONFIG)
+    overrides = [OmegaConf.load(argument) for argument in arguments if "=" not in argument]
+    overrides.append(OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument]))
+    known = keys(config)
+    for override in overrides:
+        for key in keys(override):
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+                sys.exit(f"digits.py: unknown key {key!r}; the nearest one is {nearest!r}. All are in {CONFIG}.")
+            old, new = (OmegaConf.is_dict(OmegaConf.select(node, key)) for node in (config, override))
+            if old != new:
+                kind = "a section; set one of the keys in it" if old else "one value, not a section"
+                sys.exit(f"digits.py: {key!r} is {kind}. All are in {CONFIG}.")
+        config = OmegaConf.merge(config, override)
+    for key, known in (("sampling.scheduler", list(SCHEDULERS)), ("wandb.mode", WANDB_MODES)):
+        if OmegaConf.select(config, key) not in known:
+            sys.exit(f"digits.py: {key}={OmegaConf.select(config, key)} must be one of {', '.join(known)}.")
+    return config
+
+
+def main(arguments: list[str]) -> None:
+    started = time.perf_counter()
+    config = read_config(arguments)
+    output = Path(config.output)
+    L.seed_everything(config.seed)
+    train, held_out = digits(config.data.held_out)
+    loader = DataLoader(TensorDataset(train), config.data.batch_size, shuffle=True, drop_last=True)
+    module = DigitsDiffusion(config.model, config.optimizer)
+    scheduler = SCHEDULERS[config.sampling.scheduler](num_train_timesteps=config.model.num_train_timesteps)
+
+    detector = EarlyBirdDetector(sorted({sparsity for _, _, sparsity in config.pruner.regions}), **config.detector)
+    pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
+    average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
+    keeper = DenseKeeper(average)
+    loggers: list[Logger] = [CSVLogger(output, name="", version="")]
+    if config.wandb.mode != "disabled":
+        offline = wandb_is_offline(config.wandb.mode)
+        loggers.append(WandbLogger(project=config.wandb.project, save_dir=output, offline=offline))
+    trainer = L.Trainer(
+        **config.trainer,
+        logger=loggers,
+        callbacks=[average, keeper, detector, pruner, PhaseBar(pruner)],
+        log_every_n_steps=10,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader)
+
+    # The dense network as its own ensemble: the same code and the same noise for both.
+    ensemble = TicketEnsembleSampler.from_trainer(trainer)
+    dense = TicketEnsembleSampler([keeper.denoiser] * len(ensemble.regions), ensemble.partition, ensemble.timesteps)
+    samples = {
+        title: model.sample(
+            config.sampling.num_images,
+            scheduler=scheduler,
+            num_inference_steps=config.sampling.num_inference_steps,
+            generator=torch.Generator(model.device).manual_seed(config.seed),
+        )
+        for title, model in (("dense at the switch", dense), ("ticket ensemble", ensemble))
+    }
+    noise = torch.randn(samples["ticket ensemble"].shape, generator=torch.Generator().manual_seed(config.seed))
+    rows = {
+        "noise": noise.clamp(-1, 1),
+        **samples,
+        "training digits": train[: config.sampling.num_images],
+    }
+    distances = {title: frechet_distance(images, held_out) for title, images in rows.items()}
+
+    ensemble.save_pretrained(output / "ensemble")
+    log_figure(trainer, "samples", sample_figure(samples, config.sampling.grid), folder=output)
+    log_figure(trainer, "mask_distance", distance_figure(detector.windows, detector.threshold), folder=output)
+    log_figure(trainer, "mask_overlap", overlap_figure(detector.windows), folder=output)
+    log_metrics(trainer, {f"frechet_distance/{title}": value for title, value in distances.items()})
+    for logger in loggers:
+        logger.finalize("success")
+    wandb.finish()
+
+    print(f"\n{ticket_table(pruner.facts)}\n")
+    print(cost_report(keeper, pruner, trainer.global_step, config.data.batch_size))
+    print(f"\n{'Fréchet distance in pixel space to held-out digits':<52}")
+    for title, value in distances.items():
+        print(f"  {title:<22}{value:>8.3f}")
+    print(f"\nWritten to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    print(f"Took {time.perf_counter() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*many workers|.*logs directory|.*isinstance.treespec")
+    main(sys.argv[1:])

@@ -1,0 +1,154 @@
+"""The examples run as their users run them, and leave the files that they promise."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lightning_earlybird import TicketEnsembleSampler
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "digits.py"
+
+TINY = [
+    "data.batch_size=256",
+    "model.channels=[16,32]",
+    "detector.every_n_epochs=1",
+    "detector.window=2",
+    "detector.threshold=0.0",
+    "pruner.max_search_steps=15",
+    "trainer.max_epochs=5",
+    "trainer.accelerator=cpu",
+    "sampling.num_images=9",
+    "sampling.num_inference_steps=5",
+    "sampling.grid=3",
+]
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    for needed in ("sklearn", "matplotlib", "wandb"):
+        pytest.importorskip(needed)
+    spec = importlib.util.spec_from_file_location("digits_example", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_tiny_run_leaves_every_file_and_both_tables(example: ModuleType, tmp_path: Path) -> None:
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLE), *TINY]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    output = tmp_path / "runs" / "digits"
+    for name in ("samples.png", "mask_distance.png", "mask_overlap.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG"), name
+    assert list((output / "wandb").glob("offline-run-*/*.wandb"))
+    sampler = TicketEnsembleSampler.from_pretrained(output / "ensemble")
+    assert [(region.start, region.stop, region.sparsity) for region in sampler.regions] == [
+        (0, 240, 0.3),
+        (240, 440, 0.6),
+        (440, 1000, 0.8),
+    ]
+
+    with (output / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(steps)
+    for metric in ("train_loss", "earlybird/distance/0.3", "frechet_distance/ticket ensemble"):
+        assert any(row[metric] for row in rows), metric
+
+    for heading in ("[440, 1000)", "training cost", "search (dense)", "Fréchet distance", "dense at the switch"):
+        assert heading in run.stdout, heading
+    # The progress bar shows both phases, and the distances as long as they matter.
+    assert "phase=search" in run.stdout + run.stderr
+    assert "phase=tickets" in run.stdout + run.stderr
+    assert "distance/0.8=" in run.stdout + run.stderr
+
+
+def test_overrides_reach_the_configuration(example: ModuleType, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("trainer:\n  max_epochs: 7\npruner:\n  overlap: 5\n")
+    config = example.read_config([str(own), "pruner.overlap=10", "pruner.regions=[[0,500,0.5],[500,1000,0.8]]"])
+    assert config.trainer.max_epochs == 7
+    assert config.pruner.overlap == 10
+    assert config.pruner.regions == [[0, 500, 0.5], [500, 1000, 0.8]]
+    assert config.detector.window == 5
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("trainer.max_epoch=3", "unknown key 'trainer.max_epoch'; the nearest one is 'trainer.max_epochs'"),
+        ("prunner.overlap=3", "unknown key 'prunner'; the nearest one is 'pruner'"),
+        ("seedling=3", "unknown key 'seedling'; the nearest one is 'seed'"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest(example: ModuleType, argument: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        example.read_config([argument])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("pruner=3", "'pruner' is a section; set one of the keys in it"),
+        ("seed.first=3", "'seed' is one value, not a section"),
+        ("sampling.scheduler=euler", "sampling.scheduler=euler must be one of ddpm, ddim"),
+        ("wandb.mode=of", "wandb.mode=of must be one of auto, online, offline, disabled"),
+    ],
+)
+def test_a_value_that_cannot_be_is_an_error_before_training(example: ModuleType, argument: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        example.read_config([argument])
+
+
+def test_the_split_is_fixed_and_disjoint(example: ModuleType) -> None:
+    train, held_out = example.digits(500)
+    again, _ = example.digits(500)
+    assert torch.equal(train, again)
+    assert train.shape == (1297, 1, 8, 8)
+    assert held_out.shape == (500, 1, 8, 8)
+    assert train.min() == -1
+    assert train.max() == 1
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians(example: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(400, 1, 8, 8, generator=generator) * 2 - 1
+    assert example.frechet_distance(images, images) == pytest.approx(0, abs=1e-6)
+    # Equal covariance: the squared distance of the means is left, 64 pixels times 0.5 squared.
+    assert example.frechet_distance(images + 0.5, images) == pytest.approx(16.0)
+
+
+def test_wandb_stays_offline_when_told_so(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert example.wandb_is_offline("offline")
+    assert not example.wandb_is_offline("online")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert example.wandb_is_offline("auto")
+
+
+def test_without_a_login_wandb_is_offline_and_nobody_is_asked(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    asked: list[dict[str, object]] = []
+
+    def login(**settings: object) -> bool:
+        asked.append(settings)
+        return False
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", login)
+    assert example.wandb_is_offline("auto")
+    assert asked == [{"prompt": False, "verify": False}]
