@@ -1,0 +1,250 @@
+"""What is known about tickets besides their weights, and how their dense network is described and built again."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_earlybird.files import Field
+from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.regions import TimestepPartition, TimestepRegion
+
+Edits = dict[str, dict[str, int | list[int]]]
+"""Module name -> width attribute -> value: what a ticket differs in from the dense network besides its tensors."""
+
+
+@dataclass(frozen=True)
+class TicketFacts:
+    """What is known about one ticket; pairs are (dense network, ticket).
+
+    Args:
+        region: The region that it serves.
+        step: Optimizer step at which its mask was found; None for a mask that was not searched for.
+        emerged: Whether the mask had settled by then; False where the search limit ended the search.
+        channels: Channels that the plan can prune, and how many of them are kept.
+        parameters: Numbers of parameters.
+        macs: Multiply-accumulate operations for one sample; None where they were not counted.
+    """
+
+    region: TimestepRegion
+    step: int | None
+    emerged: bool
+    channels: tuple[int, int]
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+
+    @property
+    def achieved_channels(self) -> float:
+        """Fraction of the channels removed."""
+        return _removed(self.channels)
+
+    @property
+    def achieved_parameters(self) -> float:
+        """Fraction of the parameters removed."""
+        return _removed(self.parameters)
+
+    @property
+    def achieved_macs(self) -> float | None:
+        """Fraction of the multiply-accumulate operations removed; None where they were not counted."""
+        return None if self.macs is None else _removed(self.macs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers that JSON can carry."""
+        return {
+            "region": TimestepPartition((self.region,)).to_json()["regions"][0],
+            "step": self.step,
+            "emerged": self.emerged,
+            "channels": list(self.channels),
+            "parameters": list(self.parameters),
+            "macs": None if self.macs is None else list(self.macs),
+        }
+
+
+@dataclass(frozen=True)
+class EnsembleRecord:
+    """What an ensemble's networks, partition and timestep argument do not tell, but saving it needs.
+
+    Args:
+        denoiser: How to build the dense network (see :func:`describe_denoiser`); None: only its owner knows.
+        edits: One per ticket: the width attributes in which it differs from the dense network.
+        masks: One per ticket, or none at all.
+        facts: One per ticket, or none at all.
+        sample_shape: Shape of one sample, without the batch: (C, H, W) for images.
+    """
+
+    denoiser: dict[str, Any] | None
+    edits: tuple[Edits, ...]
+    masks: tuple[TicketMask, ...] = ()
+    facts: tuple[TicketFacts, ...] = ()
+    sample_shape: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the masks, in plain containers that JSON and Lightning checkpoints can carry."""
+        return {
+            "denoiser": copy.deepcopy(self.denoiser),
+            "edits": copy.deepcopy(list(self.edits)),
+            "facts": [facts.to_json() for facts in self.facts],
+            "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], masks: Sequence[TicketMask] = ()) -> EnsembleRecord:
+        """Inverse of :meth:`to_json`, with the masks beside it.
+
+        Raises:
+            EnsembleFormatError: If a field is missing or has the wrong type; the message names it.
+        """
+        root = Field(dict(data), "the ensemble's record")
+        return cls(
+            denoiser=root["denoiser"].optional(read_denoiser),
+            edits=tuple(read_edits(field) for field in root["edits"].elements()),
+            masks=tuple(masks),
+            facts=tuple(read_facts(field) for field in root["facts"].elements()),
+            sample_shape=root["sample_shape"].optional(read_shape),
+        )
+
+
+def describe_denoiser(module: nn.Module) -> dict[str, Any] | None:
+    """How to build a network of the same class and configuration again: ``{"library", "class", "config"}``.
+
+    Args:
+        module: The dense denoiser, before it is pruned; a ``torch.compile`` wrapper is looked through.
+
+    Returns:
+        A description that JSON can carry; None for networks that are not diffusers models, and for diffusers models
+        that their configuration does not describe (a layer was exchanged, a value is not JSON). Those are loaded with
+        a factory.
+    """
+    module = unwrapped(module)
+    # A module of diffusers cannot exist before diffusers has been imported, by whoever built it.
+    if not type(module).__module__.startswith("diffusers."):
+        return None
+    network = _diffusers_class(type(module).__name__)
+    if network is not type(module):
+        return None
+    try:
+        # Through JSON at once, so that the description does not change when it is written and read back.
+        arguments = inspect.signature(network.__init__).parameters
+        values = {name: value for name, value in dict(module.config).items() if name in arguments}
+        config = json.loads(json.dumps(values, allow_nan=False))
+        with torch.device("meta"):
+            twin = network(**config)
+    except Exception:  # a constructor may raise anything; the network then needs a factory
+        return None
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (twin, module)]
+    if shapes[0] != shapes[1]:
+        return None
+    return {"library": "diffusers", "class": network.__name__, "config": config}
+
+
+def build_dense(factory: Callable[[], nn.Module] | None, field: Field) -> nn.Module:
+    """The dense network, from its owner's factory or else from a description that was read from a file.
+
+    Args:
+        factory: Builds the network; goes first.
+        field: Where the description was read: what :func:`describe_denoiser` gave, or null.
+
+    Raises:
+        ValueError: If there is neither, or the factory returns something else than a module.
+        EnsembleFormatError: If the description names no diffusers model, or does not build one.
+    """
+    if factory is not None:
+        dense: Any = factory()
+        if not isinstance(dense, nn.Module):
+            raise ValueError(f"denoiser must return a torch module, but it returned a {type(dense).__name__}.")
+        return unwrapped(dense)
+    description = field.optional(read_denoiser)
+    if description is None:
+        raise ValueError(
+            "denoiser=None: the ensemble's network is not one that diffusers can build from its configuration; "
+            "pass denoiser=, a function without arguments that builds the dense network."
+        )
+    network = _diffusers_class(description["class"])
+    if network is None:
+        field["class"].fail(f"is {description['class']!r}, which is no model of the installed diffusers.")
+    try:
+        built: nn.Module = network(**description["config"])
+    except Exception as error:  # a constructor may raise anything over values it was not made for
+        field["config"].fail(f"does not build a {description['class']}: {error}")
+    return built
+
+
+def read_denoiser(field: Field) -> dict[str, Any]:
+    """A description of the dense network; whether it builds one is for :func:`build_dense` to see."""
+    if field["library"].text() != "diffusers":
+        field["library"].fail(f"is {field['library'].value!r}, expected 'diffusers' (or null for the whole denoiser).")
+    return {"library": "diffusers", "class": field["class"].text(), "config": field["config"].mapping()}
+
+
+def read_edits(field: Field) -> Edits:
+    """Width attributes, types only: which exist, and may be written, is for ``resize_`` to check."""
+    edits: Edits = {}
+    for module, attributes in field.members().items():
+        edits[module] = {
+            name: [number.integer(1) for number in value.elements()]
+            if isinstance(value.value, list)
+            else value.integer(1)
+            for name, value in attributes.members().items()
+        }
+    return edits
+
+
+def read_facts(field: Field) -> TicketFacts:
+    """Inverse of :meth:`TicketFacts.to_json`."""
+    return TicketFacts(
+        region=field["region"].parsed(
+            lambda region: TimestepPartition.from_json({"regions": [region], "overlap": 0}).regions[0]
+        ),
+        step=field["step"].optional(Field.integer),
+        emerged=field["emerged"].boolean(),
+        channels=_read_pair(field["channels"]),
+        parameters=_read_pair(field["parameters"]),
+        macs=field["macs"].optional(_read_pair),
+    )
+
+
+def read_shape(field: Field) -> tuple[int, ...]:
+    """A shape: an array of positive integers."""
+    return tuple(size.integer(1) for size in field.elements())
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside a ``torch.compile`` wrapper, or the network itself."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def _read_pair(field: Field) -> tuple[int, int]:
+    numbers = [number.integer() for number in field.elements()]
+    if len(numbers) != 2:
+        field.fail(f"has {len(numbers)} entries, expected two: dense network, ticket.")
+    return numbers[0], numbers[1]
+
+
+def _diffusers_class(name: str) -> Callable[..., nn.Module] | None:
+    """A model class of diffusers by its public name; None for any other name."""
+    diffusers: Any = importlib.import_module("diffusers")
+    # Capitals only: diffusers resolves its sub-modules' names, too, by importing them.
+    if not re.fullmatch("[A-Z][A-Za-z0-9]*", name):
+        return None
+    try:
+        found: Any = getattr(diffusers, name)
+    except (AttributeError, RuntimeError):  # RuntimeError: the class needs a library that is not installed
+        return None
+    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin) and issubclass(found, diffusers.ConfigMixin):
+        return found
+    return None
+
+
+def _removed(pair: tuple[int, int]) -> float:
+    dense, kept = pair
+    return (dense - kept) / dense if dense else 0.0
