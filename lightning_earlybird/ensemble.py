@@ -63,11 +63,11 @@ class TimestepArgument:
 class TicketEnsemble(nn.Module):
     """Takes the place of the denoiser: routes every sample of a batch to the ticket of its timestep's region.
 
-    In training mode a sample whose timestep lies in an overlap goes to one of the two neighbours at random; in evaluation
-    mode each goes to its own region. With one timestep for all rows, or all rows in one region, the ticket is called with
-    the very arguments that came in. Otherwise each tensor argument with as many rows as there are timesteps (inside
-    tuples, lists, dicts and dataclasses, too) is split, and the outputs are put back in the order of the rows; the
-    arithmetic inside a ticket, and thus every gradient, is that of calling it by hand on its rows.
+    In training mode a sample whose timestep lies in an overlap goes to one of the two neighbours at random; in
+    evaluation mode each goes to its own region. With one timestep for all rows, or all rows in one region, the ticket
+    is called with the very arguments that came in. Otherwise each tensor argument with as many rows as there are
+    timesteps (inside tuples, lists, dicts and dataclasses, too) is split, and the outputs are put back in the order of
+    the rows; the arithmetic inside a ticket, and thus every gradient, is that of calling it by hand on its rows.
 
     Attributes that the ensemble does not have are looked up on the first ticket if they are plain values (``config``,
     ``dtype``, ``device``); never modules, parameters, tensors or methods, which would speak for one ticket only.
@@ -110,8 +110,8 @@ class TicketEnsemble(nn.Module):
             **kwargs: Likewise.
 
         Returns:
-            What the denoiser returns: tensors with one row per timestep, in the order of the rows, or containers of such.
-            Leaves that are not tensors are the first ticket's.
+            What the denoiser returns: tensors with one row per timestep, in the order of the rows, or containers of
+            such. Leaves that are not tensors are those of the first ticket that was called.
 
         Raises:
             TypeError: If the call has no timesteps, or the tickets return different structures.

@@ -50,12 +50,12 @@ class Linear(nn.Module):
         return self
 
 
-def affine_ensemble(wrap=None, overlap=0, timesteps=TimestepArgument("t", 1)):
+def affine_ensemble(wrap=None, overlap=0):
     tickets = [Linear(scale) for scale in (2, 3, 5)]
     if wrap is not None:
         for ticket in tickets:
             ticket.forward = lambda x, t, ticket=ticket: wrap(Linear.forward(ticket, x, t))
-    return TicketEnsemble(tickets, TimestepPartition.of(REGIONS, overlap), timesteps)
+    return TicketEnsemble(tickets, TimestepPartition.of(REGIONS, overlap), TimestepArgument("t", 1))
 
 
 @pytest.fixture(scope="module")
