@@ -82,15 +82,15 @@ class Couplings:
 
     def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
         """Couple two axes element by element after broadcasting; a partner without a channel freezes the other."""
-        a, b = torch.broadcast_tensors(first, second)
-        pairs = torch.stack([a.reshape(-1), b.reshape(-1)], dim=1)
-        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        a, b = (side.reshape(-1) for side in torch.broadcast_tensors(first, second))
+        distinct = a != b
+        pairs = torch.unique(a[distinct] * self.count + b[distinct])  # as single numbers: much faster than as rows
         if len(pairs) == 0:
             return
-        pairs = torch.unique(pairs, dim=0)
-        without = (pairs == 0).any(dim=1)
-        self.freeze(pairs[without].amax(dim=1), reason)
-        self._edges.append(pairs[~without])
+        a, b = pairs // self.count, pairs % self.count
+        without = (a == 0) | (b == 0)
+        self.freeze((a + b)[without], reason)
+        self._edges.append(torch.stack([a, b], dim=1)[~without])
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Never prune these; the first reason given is the one reported."""
@@ -118,11 +118,11 @@ class Couplings:
                 return lowest
             lowest = updated
 
-    def produced(self, components: Tensor) -> Tensor:
-        """Shape (count,), bool, by component: some layer produces a member of it."""
+    def products(self) -> Tensor:
+        """Shape (count,), bool, by label: a layer produces this very channel."""
         result = torch.zeros(self.count, dtype=torch.bool)
-        if self._produced:
-            result[components[torch.cat(self._produced)]] = True
+        for labels in self._produced:
+            result[labels] = True
         result[0] = False
         return result
 
