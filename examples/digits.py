@@ -240,8 +240,9 @@ def main(arguments: list[str]) -> None:
     )
     trainer.fit(module, loader)
 
-    # The dense network as its own ensemble: the same code and the same noise for both.
+    # The pruner has written the ensemble to output / "ensemble", from where from_pretrained would give the same.
     ensemble = TicketEnsembleSampler.from_trainer(trainer)
+    # The dense network in place of each ticket, so that both are sampled by the same code from the same noise.
     dense = TicketEnsembleSampler([keeper.denoiser] * len(ensemble.regions), ensemble.partition, ensemble.timesteps)
     samples = {
         title: model.sample(
@@ -260,7 +261,6 @@ def main(arguments: list[str]) -> None:
     }
     distances = {title: frechet_distance(images, held_out) for title, images in rows.items()}
 
-    ensemble.save_pretrained(output / "ensemble")
     log_figure(trainer, "samples", sample_figure(samples, config.sampling.grid), folder=output)
     log_figure(trainer, "mask_distance", distance_figure(detector.windows, detector.threshold), folder=output)
     log_figure(trainer, "mask_overlap", overlap_figure(detector.windows), folder=output)

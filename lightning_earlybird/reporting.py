@@ -241,8 +241,9 @@ def distance_figure(windows: Mapping[float, MaskWindow], threshold: float) -> "F
             axis.set_title(f"sparsity {sparsity:g}: {when}")
             axis.set_xlabel("training step")
             axis.grid(color="#DDDDDD", linewidth=0.6)
-            axis.set_xlim(left=0)
-            axis.set_ylim(bottom=0)
+        # The panels share their limits, and setting any ends their adaptation to what is drawn.
+        axes[0].set_xlim(left=0)
+        axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel("mask distance")
         # The panels name the same lines; a line that only some have (no null yet, not emerged) still gets its entry.
         named = {

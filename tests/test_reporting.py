@@ -244,6 +244,16 @@ class TestFigures:
         (legend,) = figure.legends
         assert {text.get_text() for text in legend.get_texts()} == set(lines)
 
+    def test_panels_share_limits_that_show_the_lines_of_all(self) -> None:
+        far = MaskWindow(window=2)
+        far.start(mask_keeping(0, 1, 2, 3, 4))
+        far.push(mask_keeping(5, 6, 7, 8, 9), step=900)
+        figure = distance_figure({0.3: settled_window(), 0.6: far}, threshold=0.1)
+        for axis in figure.axes:
+            assert axis.get_ylim()[0] == axis.get_xlim()[0] == 0
+            assert axis.get_ylim()[1] >= 1
+            assert axis.get_xlim()[1] >= 900
+
     def test_a_window_that_is_not_yet_full_is_drawn_too(self) -> None:
         figure = distance_figure({0.3: settled_window(pushes=1), 0.6: MaskWindow()}, threshold=0.1)
         assert [axis.get_title() for axis in figure.axes] == ["sparsity 0.3: not emerged", "sparsity 0.6: not emerged"]
