@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
@@ -20,7 +21,7 @@ from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.conversion import FoundDenoiser, convert
 from lightning_earlybird.importance import CRITERIA, Criterion, channel_scores
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.probe import DenoiserProbe, check_name
+from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
 from lightning_earlybird.search import TicketSearch, named_metrics
@@ -174,8 +175,6 @@ class EarlyBirdDetector(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
-        if self._denoiser is not None:
-            check_name(pl_module, self._denoiser)
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if self.weights == "ema" and not averaging:
             raise MisconfigurationException(
@@ -188,6 +187,8 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._denoiser is not None:  # not in `setup`, which comes before the module's own and `configure_model`
+            check_name(pl_module, self._denoiser)
         check_supported(trainer, pl_module, None if self._finished else self._denoiser)
 
     @override
@@ -203,22 +204,29 @@ class EarlyBirdDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.found is None and not self._finished:
+            self._stop_probe()  # that of a batch that was skipped
             self._probe = DenoiserProbe(pl_module, self._denoiser)
             self._probe.start()
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        # Before anything is learned: errors come early, and the initial mask is that of the initial weights. A step
-        # that has not called the denoiser yet (several optimizers) is watched to its end.
-        if self._probe is not None and self._probe.called:
-            self._find(trainer, pl_module, self._probe)
+        self._find_before_learning(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # Manual optimization may have gone backward without telling.
+        self._find_before_learning(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._probe is not None:
-            self._find(trainer, pl_module, self._probe)
+            probe = self._probe
+            self._stop_probe()
+            self._find(trainer, pl_module, probe.resolve())
         if self.every_n_train_steps and trainer.global_step and trainer.global_step % self.every_n_train_steps == 0:
             self.check(trainer, pl_module)
 
@@ -321,12 +329,32 @@ class EarlyBirdDetector(pl.Callback):
     def _denoiser(self) -> str | None:
         return self.denoiser or self._served_denoiser
 
-    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: DenoiserProbe) -> None:
-        self._stop_probe()
-        self.found = FoundDenoiser.trace(pl_module, probe.resolve())
-        check_supported(trainer, pl_module, self.found.call.name)
-        if not self._search.started:
-            log_metrics(trainer, self._search.start(self.draw(trainer, pl_module), trainer.global_step))
+    def _find_before_learning(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the denoiser before the first step, so that the initial mask is that of the initial weights."""
+        probe = self._probe
+        if probe is None:
+            return
+        if pl_module.automatic_optimization:
+            self._stop_probe()
+            self._find(trainer, pl_module, probe.resolve())
+        elif probe.called and self.found is None:
+            # A step by hand may train several networks, of which some have not been called: it is watched to its end.
+            probe.stop()
+            self._find(trainer, pl_module, probe.resolve())
+            probe.start()
+
+    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule, call: DenoiserCall) -> None:
+        if self.found is None:
+            self.found = FoundDenoiser.trace(pl_module, call)
+            check_supported(trainer, pl_module, call.name)
+            if not self._search.started:
+                log_metrics(trainer, self._search.start(self.draw(trainer, pl_module), trainer.global_step))
+        elif self.found.call.name != call.name:
+            raise MisconfigurationException(
+                f"denoiser=None: {self.found.call.name!r} was called with samples and one value each before the first "
+                f"backward pass, {call.name!r} after it. Say which one is the denoiser, for example "
+                f"denoiser={call.name!r}."
+            )
 
     def _stop_probe(self) -> None:
         if self._probe is not None:

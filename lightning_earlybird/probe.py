@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_earlybird.ensemble import TimestepArgument
@@ -101,8 +102,8 @@ class DenoiserProbe:
 
     @property
     def called(self) -> bool:
-        """Whether something that looks like the denoiser has been called."""
-        return bool(self._calls)
+        """Whether something that may be the denoiser has been called."""
+        return bool(self._candidates())
 
     def resolve(self) -> DenoiserCall:
         """The call of the one denoiser.
@@ -110,7 +111,8 @@ class DenoiserProbe:
         Raises:
             MisconfigurationException: There is none, or more than one.
         """
-        if self._name is not None and not self._calls:
+        outermost = self._candidates()
+        if self._name is not None and not outermost:
             if self._name in self._called:
                 problem = "was called, but without one timestep per sample (a tensor of as many elements as samples)"
             else:
@@ -119,11 +121,6 @@ class DenoiserProbe:
                 f"denoiser={self._name!r} {problem}. Give the name of the network that your training_step calls with "
                 "noisy samples and their timesteps."
             )
-        calls = {name: call for name, call in self._calls.items() if self._is_trained(name)}
-        if any(call.timesteps.name in TIMESTEP_NAMES for call in calls.values()):
-            # A classifier that takes labels, say, looks alike but for the argument's name.
-            calls = {name: call for name, call in calls.items() if call.timesteps.name in TIMESTEP_NAMES}
-        outermost = {n: call for n, call in calls.items() if not any(n.startswith(f"{other}.") for other in calls)}
         if len(outermost) == 1:
             return next(iter(outermost.values()))
         if not outermost:
@@ -142,11 +139,28 @@ class DenoiserProbe:
             f"Say which one is the denoiser, for example denoiser={max(outermost, key=self._size)!r}."
         )
 
+    def _candidates(self) -> dict[str, DenoiserCall]:
+        """Name -> call of what may be the denoiser, without the parts of others."""
+        if self._name is not None:
+            return self._calls
+        calls = {n: call for n, call in self._calls.items() if self._is_trained(n) and not self._is_average(n)}
+        if any(call.timesteps.name in TIMESTEP_NAMES for call in calls.values()):
+            # A classifier that takes labels, say, looks alike but for the argument's name.
+            calls = {name: call for name, call in calls.items() if call.timesteps.name in TIMESTEP_NAMES}
+        return {n: call for n, call in calls.items() if not any(n.startswith(f"{other}.") for other in calls)}
+
     def _size(self, name: str) -> int:
         return sum(parameter.numel() for parameter in self._root.get_submodule(name).parameters())
 
     def _is_trained(self, name: str) -> bool:
-        return any(parameter.requires_grad for parameter in self._root.get_submodule(name).parameters())
+        # What `toggle_optimizer` has frozen for the moment is trained all the same.
+        toggled = getattr(self._root, "_param_requires_grad_state", {})
+        parameters = self._root.get_submodule(name).parameters()
+        return any(toggled.get(parameter, parameter.requires_grad) for parameter in parameters)
+
+    def _is_average(self, name: str) -> bool:
+        averages = [known for known, module in self._root.named_modules() if isinstance(module, AveragedModel)]
+        return any(f"{name}.".startswith(f"{known}.") for known in averages)
 
     def _watch(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
