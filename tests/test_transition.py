@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
@@ -276,6 +277,58 @@ def test_optimizers_whose_moments_are_factored_start_those_again_with_one_warnin
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
+class Quantised(Tensor):
+    """Stands for tensors with data besides their values."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Peculiar(torch.optim.SGD):
+    """SGD that keeps, for each parameter, whatever a test wants it to."""
+
+    keep: Callable[[Tensor], object]
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for parameter in flat(self):
+            self.state[parameter].setdefault("kept", self.keep(parameter.detach()))
+        return loss
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda p: torch.full((1,), 7.0), lambda p: {"rates": [7.0]}, lambda p: None, lambda p: torch.tensor(7)]
+)
+def test_state_that_has_no_shape_is_copied_for_each_heir(keep: Callable) -> None:
+    class Watched(Switch):
+        def switch(self, trainer, pl_module):  # at the end of the fit Lightning copies the states
+            super().switch(trainer, pl_module)
+            copies.extend(trainer.optimizers[0].state[parameter]["kept"] for parameter in pl_module.model.parameters())
+
+    copies: list[object] = []
+    module = Lit(lambda module: Peculiar(module.parameters(), lr=0.01))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Peculiar, "keep", staticmethod(keep), raising=False)
+        fit(module, Watched(), max_epochs=1)
+    assert len(copies) == 8 and all(str(copy) == str(keep(module.scale)) for copy in copies)
+    assert len({id(copy) for copy in copies}) == (1 if copies[0] is None else 8)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [lambda p: [p.clone()], lambda p: {"flat": p.reshape(-1)}, lambda p: p.as_subclass(Quantised), lambda p: p[None]],
+)
+def test_state_that_cannot_be_cut_is_dropped_with_a_warning(keep: Callable) -> None:
+    module, switch = Lit(lambda module: Peculiar(module.parameters(), lr=0.01)), Switch(epoch=0, batch=None)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(UserWarning, match="Peculiar keeps state that is not shaped"),
+    ):
+        patch.setattr(Peculiar, "keep", staticmethod(keep), raising=False)
+        (optimizer,) = fit(module, switch, max_epochs=1).optimizers
+    assert set(optimizer.state) == {module.scale}
+
+
 def decay_by_name(module: Lit) -> torch.optim.Optimizer:
     named = list(module.named_parameters())
     groups = [
@@ -336,8 +389,9 @@ def dense_only(module: Lit) -> torch.optim.Optimizer:
 
 
 def by_layer(module: Lit) -> torch.optim.Optimizer:
-    first = [p for name, p in module.named_parameters() if name.startswith("model.up")]
-    rest = [p for name, p in module.named_parameters() if not name.startswith("model.up")]
+    first = [item for item in module.named_parameters() if item[0].startswith("model.up")]
+    rest = [item for item in module.named_parameters() if not item[0].startswith("model.up")]
+    rest.append(("outside", module.outside[0]))
     return torch.optim.SGD([{"params": first}, {"params": rest, "lr": 0.1}] if first else rest, lr=0.01)
 
 
@@ -347,14 +401,17 @@ def by_layer(module: Lit) -> torch.optim.Optimizer:
 )
 def test_a_configuration_that_needs_the_dense_structure_falls_back_with_a_warning(configure, problem) -> None:
     module = Lit(configure)
+    module.outside = (nn.Parameter(torch.ones(1)),)  # an optimizer may hold what the module does not register
     with pytest.warns(UserWarning, match=f"does not give this fit's optimizers for the tickets: {problem}"):
         trainer = fit(module, Switch())
     (optimizer,) = trainer.optimizers
-    assert set(flat(optimizer)) == set(module.parameters())
+    assert set(flat(optimizer)) - set(module.outside) == set(module.parameters())
     if configure is by_layer:
-        up, _ = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
-        assert up == {id(p) for name, p in module.named_parameters() if ".up." in name}
-        assert optimizer.param_groups[1]["lr"] == 0.1
+        up, rest = optimizer.param_groups
+        assert {id(p) for p in up["params"]} == {id(p) for name, p in module.named_parameters() if ".up." in name}
+        names = {parameter: name for name, parameter in module.named_parameters()} | {module.outside[0]: "outside"}
+        assert all([names[p] for p in group["params"]] == group["param_names"] for group in (up, rest))
+        assert rest["lr"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -390,6 +447,8 @@ def test_a_fit_with_another_number_of_optimizers_than_configured_falls_back_with
 
 def test_calling_configure_optimizers_again_leaves_no_trace() -> None:
     def configure(module: Lit):
+        if module.log_of_calls:
+            warnings.warn("again", stacklevel=1)  # an error in this suite
         torch.rand(3)
         optimizer = adamw(module)
         module.kept = CosineAnnealingLR(optimizer, T_max=module.trainer.estimated_stepping_batches)
@@ -399,10 +458,12 @@ def test_calling_configure_optimizers_again_leaves_no_trace() -> None:
 
     module = Lit(configure)
     module.log_of_calls = []
+    module.on_train_start = lambda: module.scale.requires_grad_(False) and None
     trainer = fit(module, Switch())
     assert module.kept is trainer.lr_scheduler_configs[0].scheduler
     assert module.log_of_calls == trainer.optimizers
     assert module.kept.optimizer is trainer.optimizers[0]
+    assert not module.scale.requires_grad
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -489,8 +550,10 @@ def test_a_toggle_left_open_across_the_switch_is_undone_for_the_tickets() -> Non
 def test_pending_gradients_of_an_unfinished_accumulation_window_are_carried_over() -> None:
     class Watched(Switch):
         def switch(self, trainer, pl_module):
+            dense = pl_module.model
             super().switch(trainer, pl_module)
             self.after = {name: p.grad.clone() for name, p in pl_module.model.named_parameters()}
+            assert all(parameter.grad is None for parameter in dense.parameters())  # freed, whoever keeps the network
 
     switch = Watched(batch=2)  # between the second and the third of four batches
     fit(Lit(), switch, accumulate_grad_batches=4, max_epochs=1)

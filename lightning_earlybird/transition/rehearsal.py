@@ -14,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 
@@ -69,9 +68,10 @@ def _adopt(optimizer: Optimizer, dry: Optimizer) -> str | None:
 
 @contextmanager
 def _left_untouched(module: pl.LightningModule, optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Undo what a call of ``configure_optimizers`` does besides returning: to the module, live optimizers, the RNGs.
+    """Undo what a call of ``configure_optimizers`` does besides returning: to the module, to live optimizers.
 
-    User code often stores what it makes (``self.scheduler = ...``) and would then step what was thrown away.
+    User code often stores what it makes (``self.scheduler = ...``) and would then step what was thrown away. Random
+    number generators are left to the caller.
     """
     owners = [vars(owner) for owner in (module, *optimizers)]
     # Dictionaries and lists are restored in place, because others may hold them too.
@@ -79,7 +79,7 @@ def _left_untouched(module: pl.LightningModule, optimizers: Sequence[Optimizer])
     mutable += [*owners, *(group for optimizer in optimizers for group in optimizer.param_groups)]
     contents = [value.copy() for value in mutable]
     frozen = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    with isolate_rng(include_cuda=module.device.type == "cuda"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever it says, it has said at the start of the fit
         yield
     for value, content in zip(mutable, contents, strict=True):
