@@ -1,0 +1,21 @@
+"""Checks of constructor arguments."""
+
+import pytest
+
+from lightning_earlybird.arguments import check_choice, check_positive
+
+
+def test_positive_integers_and_none_pass() -> None:
+    check_positive(window=1, limit=None, steps=1000)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "2"])
+def test_what_is_no_positive_integer_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ValueError, match=f"steps={value!r} must be an integer of at least 1"):
+        check_positive(window=1, steps=value)  # type: ignore[arg-type]
+
+
+def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
+    check_choice("weights", "raw", ("raw", "ema"))
+    with pytest.raises(ValueError, match="weights='mean' must be one of 'raw', 'ema'"):
+        check_choice("weights", "mean", ("raw", "ema"))
