@@ -18,7 +18,7 @@ from lightning_earlybird.arguments import check_choice, check_positive
 from lightning_earlybird.budget import draw_mask
 from lightning_earlybird.checkpointing import restore_on_load, save_structure
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
-from lightning_earlybird.conversion import FoundDenoiser, convert
+from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.importance import CRITERIA, Criterion, channel_scores
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
@@ -184,6 +184,7 @@ class EarlyBirdDetector(pl.Callback):
         if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
             self._search = TicketSearch(self.sparsities, window=self.window, threshold=self.threshold)
             self.found, self._finished, self._last_check_step = None, False, -1
+            self._warned_of_inertia = False
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,6 +194,9 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if find_ensemble(pl_module) is not None and not self._finished:
+            rank_zero_info("EarlyBirdDetector: the module holds tickets already; there is nothing to search for.")
+            self.finish()
         if self.weights == "auto" and averaged_modules(trainer) and not self._finished:
             rank_zero_info(
                 "EarlyBirdDetector: masks are drawn from the raw weights; weights='ema' would draw them from the "
@@ -264,6 +268,8 @@ class EarlyBirdDetector(pl.Callback):
         self._last_check_step = step
         masks = self.draw(trainer, pl_module)
         checks = self._search.push(masks, step)
+        if self.weights == "ema" and any(check.distance is not None for check in checks.values()):
+            self._warn_of_inertia(trainer)
         metrics = named_metrics(checks)
         for sparsity, check in checks.items():
             if check.distance is not None:
@@ -291,7 +297,6 @@ class EarlyBirdDetector(pl.Callback):
         root = pl_module
         if self.weights == "ema":
             (root,) = averaged_modules(trainer)[:1]
-            self._warn_of_inertia(trainer)
         network = unwrap(root.get_submodule(self.found.call.name))
         # Seeded by the step, so that the random control agrees between ranks.
         generator = torch.Generator().manual_seed(trainer.global_step)

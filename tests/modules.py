@@ -1,6 +1,6 @@
 """Tiny denoisers, LightningModules around them and quiet Trainers, shared by the tests of the callbacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -158,5 +158,46 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, batches: int = 4, c
     trainer = quiet_trainer(*callbacks, **settings)
     data = loader(module, batches)
     torch.manual_seed(2)
-    trainer.fit(module, data, data, ckpt_path=ckpt_path)
+    trainer.fit(module, data, data if isinstance(module, Lit) else None, ckpt_path=ckpt_path)
     return trainer
+
+
+class Repeatable(Lit):
+    """Draws its samples, too, from a seed of each step, so that a resumed fit can be compared with a whole one."""
+
+    def loss(self, samples: Tensor) -> Tensor:
+        torch.manual_seed(100 + self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        return super().loss(torch.randn_like(samples))
+
+
+class Ranking(pl.Callback):
+    """Decides which channels of an :class:`Mlp` matter: ``order(step)`` lists them, the most important first.
+
+    To be placed before the other callbacks, around a module that learns nothing (:func:`frozen_sgd`).
+    """
+
+    def __init__(self, order: Callable[[int], Sequence[int]]) -> None:
+        self.order = order
+
+    def on_train_start(self, trainer, pl_module):
+        self.rank(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.rank(trainer, pl_module)
+
+    def rank(self, trainer, pl_module):
+        if isinstance(pl_module.model, Mlp):
+            order = list(self.order(trainer.global_step))
+            weight = torch.empty(len(order))
+            weight[order] = torch.arange(len(order), 0, -1.0)
+            with torch.no_grad():
+                pl_module.model.up.weight.copy_(weight[:, None].expand(-1, 2))
+                pl_module.model.down.weight.zero_()
+
+
+def kept_by_hand(network: Mlp, kept: int) -> Tensor:
+    """The mask that keeps the ``kept`` channels of largest squared norm, shape (hidden,)."""
+    scores = network.up.weight.detach().square().sum(1) + network.down.weight.detach().square().sum(0)
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[scores.argsort(descending=True, stable=True)[:kept]] = True
+    return mask
