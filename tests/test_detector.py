@@ -348,6 +348,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_at_the_check(value: flo
 
 
 def histories(detector: EarlyBirdDetector) -> dict[str, Any]:
+    pairwise = {sparsity: window.pairwise() for sparsity, window in detector.windows.items()}
     return {
         "checks": detector.distances,
         "emerged": detector.emerged,
@@ -529,7 +530,7 @@ def test_a_denoiser_without_prunable_channels_is_refused() -> None:
         def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
             return self.layer(x) * timesteps[:, None]
 
-    with pytest.raises(MisconfigurationException, match="denoiser='model': .*Flat has no channel that can be pruned"):
+    with pytest.raises(MisconfigurationException, match=r"denoiser='model': .*Flat has no channel that can be pruned"):
         fit(Lit(Flat), EarlyBirdDetector([0.5]), max_epochs=1)
 
 

@@ -93,7 +93,7 @@ def test_the_state_of_other_sparsities_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [[], (), 0.5, "0.5", {0.5: 1}, None])
 def test_what_is_no_list_of_sparsities_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="sparsities=.* must be a non-empty list of numbers, for example"):
+    with pytest.raises(ValueError, match=r"sparsities=.* must be a non-empty list of numbers, for example"):
         check_sparsities(value)  # type: ignore[arg-type]
 
 
