@@ -81,7 +81,14 @@ class Couplings:
         return labels
 
     def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
-        """Couple two axes element by element after broadcasting; a partner without a channel freezes the other."""
+        """Couple two axes element by element after broadcasting; a partner without a channel freezes the other.
+
+        Axes that cannot be broadcast together have no such correspondence: both are frozen.
+        """
+        if any(m != n and 1 not in (m, n) for m, n in zip(first.shape[::-1], second.shape[::-1], strict=False)):
+            self.freeze(first, reason)
+            self.freeze(second, reason)
+            return
         a, b = (side.reshape(-1) for side in torch.broadcast_tensors(first, second))
         distinct = a != b
         pairs = torch.unique(a[distinct] * self.count + b[distinct])  # as single numbers: much faster than as rows

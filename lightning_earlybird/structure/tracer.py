@@ -1,17 +1,16 @@
 """The tracer: labels every tensor that a network computes, operation by operation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_earlybird.structure.labels import Couplings, varying
-from lightning_earlybird.structure.rules import Operation, find_rule, freeze_all
+from lightning_earlybird.structure.rules import CONTRACTIONS, Operation, find_rule, freeze_all
 
 
 @dataclass
@@ -79,6 +78,12 @@ class ChannelTracer(TorchDispatchMode):
             result.append(axis)
         return result
 
+    def freeze_others(self, tensor: Tensor, dims: Iterable[int], reason: str) -> None:
+        """Freeze the axes that vary, but along none of ``dims``: what follows does not know them."""
+        for axis in self.axes(tensor):
+            if varying(axis) and not set(varying(axis)) & set(dims):
+                self.couplings.freeze(axis, reason)
+
     def vector(self, tensor: Tensor, dim: int) -> Tensor | None:
         """The labels along one dimension of a parameter or of something computed from parameters, shape (size,)."""
         found = self.along(tensor, keep=(dim,), must=dim)
@@ -91,28 +96,23 @@ class ChannelTracer(TorchDispatchMode):
 
     def set_scores(self, tensor: Tensor, labels: Tensor) -> None:
         """Remember that a tensor holds attention scores, contracted over these labels."""
-        self._labelled(tensor).scores = torch.unique(labels) if labels.dim() > 1 else labels
+        self._labelled(tensor).scores = labels
 
     def scores_of(self, tensor: Tensor) -> Tensor | None:
         """The labels over which attention scores were contracted."""
         known = self._known.get(tensor)
         return known.scores if known is not None else None
 
-    def inherit_scores(self, result: Any, source: Tensor) -> None:
-        """A tensor computed element by element from attention scores is attention scores."""
-        scores = self.scores_of(source)
-        if scores is not None and isinstance(result, Tensor) and result.numel() == source.numel():
-            self._labelled(result).scores = scores
-
     def record_rows(self, matrix: Tensor) -> None:
         """Each row of this label matrix must keep equally many channels."""
         self.rows.append(matrix)
 
     def record_query(self, query: Tensor) -> None:
-        """An attention that will divide by the square root of its query's width, (B, heads, N, width)."""
-        for axis in self.along(query, keep=(1, 3), must=3):
-            if axis.shape[1] in (1, query.shape[1]):
-                self.queries.append(axis.reshape(axis.shape[1], axis.shape[3]))
+        """An attention that will divide by the square root of its query's width, (..., heads, N, width)."""
+        last = query.dim() - 1
+        heads = (last - 2,) if query.dim() > 3 else ()
+        for axis in self.along(query, keep=(*heads, last), must=last):
+            self.queries.append(axis.reshape(-1, axis.shape[last]))
 
     def record_input(self, name: str, dim: int, value: Any) -> None:
         """The channels that a module with a width attribute receives."""
@@ -137,9 +137,12 @@ class ChannelTracer(TorchDispatchMode):
                 self._labelled(result).parametric = True
         if any(self.axes(tensor) for tensor in inputs):
             self._apply(operation)
-        if inputs and self.scores_of(inputs[0]) is not None:
+        scores = self.scores_of(inputs[0]) if inputs and operation.name not in CONTRACTIONS else None
+        if scores is not None:
+            # Scaled, masked, normalised or reshaped attention scores are still that.
             for result in operation.outputs():
-                self.inherit_scores(result, inputs[0])
+                if result.numel() == inputs[0].numel():
+                    self.set_scores(result, scores)
         return out
 
     def _apply(self, operation: Operation) -> None:

@@ -13,6 +13,8 @@ from lightning_earlybird.structure.rules.registry import Operation, rule
 if TYPE_CHECKING:
     from lightning_earlybird.structure.tracer import ChannelTracer
 
+CONTRACTIONS = frozenset(["mm", "addmm", "bmm", "baddbmm", "mv", "linear"])
+
 
 def contract(
     tracer: "ChannelTracer",
@@ -45,7 +47,7 @@ def contract(
             for right in flat[1]:
                 tracer.couplings.tie(left, right, "contracted with a tensor without channels")
         if not tracer.is_parametric(first) and not tracer.is_parametric(second):
-            tracer.set_scores(out, flat[0][0].reshape(-1))
+            tracer.set_scores(out, _distinct(flat[0][0]))
     else:
         for axis in (*sides[0], *sides[1]):
             tracer.couplings.freeze(axis, "contracted with a tensor that carries no channels")
@@ -106,7 +108,7 @@ def bmm(tracer: "ChannelTracer", op: Operation) -> None:
     """(b, m, k) x (b, k, n), with an optional summand."""
     first, second = op.args[-2:]
     tracer.put(op.out, contract(tracer, first, second, (2, 1), op.out, ({1: 1}, {2: 2}), batch=(0,)))
-    if op.name == "baddbmm" and tracer.axes(op.args[0]):
+    if op.name == "baddbmm":
         tracer.put(op.out, meet(tracer, (op.out, op.args[0]), 3))
 
 

@@ -18,7 +18,7 @@ def fresh(tracer: "ChannelTracer", op: Operation) -> None:
     """The result does not depend on the operand's values: it carries no channels."""
 
 
-@rule("pointwise")
+@rule("pointwise", "_prelu_kernel")
 def pointwise(tracer: "ChannelTracer", op: Operation) -> None:
     """Operands that meet element by element share their channels."""
     result = op.outputs()[0]
@@ -37,14 +37,13 @@ def meet(tracer: "ChannelTracer", operands: Sequence[Tensor], rank: int) -> list
         axes = [align(axis, rank) for axis in tracer.axes(operand)]
         own.append([varying(axis) for axis in axes])
         for axis in axes:
-            for index, other in enumerate(merged):
-                if set(varying(axis)) & set(varying(other)):
-                    tracer.couplings.tie(other, axis, "meets a tensor without channels")
-                    if len(varying(axis)) > len(varying(other)):
-                        merged[index] = axis
-                    break
-            else:
+            met = [index for index, other in enumerate(merged) if set(varying(axis)) & set(varying(other))]
+            for index in met:
+                tracer.couplings.tie(merged[index], axis, "meets a tensor without channels")
+            if not met:
                 merged.append(axis)
+            elif len(varying(axis)) > len(varying(merged[met[0]])):
+                merged[met[0]] = axis
     # An operand that is wide where others carry channels, but carries none itself, would not shrink with them.
     for operand, dims in zip(operands, own, strict=True):
         strides = zip(operand.shape, operand.stride(), strict=True)
@@ -56,7 +55,7 @@ def meet(tracer: "ChannelTracer", operands: Sequence[Tensor], rank: int) -> list
     return merged
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk")
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp")
 def within(tracer: "ChannelTracer", op: Operation) -> None:
     """Elements along one dimension influence each other: its channels cannot go, the others stay labelled."""
     source = op.args[0]
@@ -69,7 +68,6 @@ def within(tracer: "ChannelTracer", op: Operation) -> None:
             kept.append(axis)
     result = op.out[0] if isinstance(op.out, tuple) else op.out
     tracer.put(result, kept)
-    tracer.inherit_scores(result, source)
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "linalg_vector_norm", "norm", "prod", "logsumexp")

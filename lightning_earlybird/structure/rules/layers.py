@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_earlybird.structure.labels import align
-from lightning_earlybird.structure.rules.registry import Operation, rule
+from lightning_earlybird.structure.rules.registry import Operation, freeze_all, rule
 
 if TYPE_CHECKING:
     from lightning_earlybird.structure.tracer import ChannelTracer
@@ -20,6 +20,9 @@ def convolution(tracer: "ChannelTracer", op: Operation) -> None:
     inputs = tracer.vector(weight, 0 if transposed else 1)
     outputs = tracer.vector(weight, 1 if transposed else 0)
     arriving = [axis.reshape(-1) for axis in tracer.along(source, keep=(1,), must=1)]
+    tracer.freeze_others(source, (0, 1), "convolution across channels")
+    # Channels folded into the batch, (B * C, 1, H, W), pass through.
+    folded = [axis for axis in tracer.along(source, keep=(0,), must=0) if axis.shape[1] == 1]
     if groups == 1:
         if inputs is not None:
             for labels in arriving:
@@ -43,7 +46,8 @@ def convolution(tracer: "ChannelTracer", op: Operation) -> None:
     if shift is not None:
         tie(shift, outputs if outputs is not None else torch.zeros(1, dtype=torch.long), "bias of a frozen convolution")
     if outputs is not None:
-        tracer.put(op.out, [outputs.view([-1 if d == 1 else 1 for d in range(op.out.dim())])])
+        folded.append(outputs.view([-1 if d == 1 else 1 for d in range(op.out.dim())]))
+    tracer.put(op.out, folded)
 
 
 @rule("embedding")
@@ -65,10 +69,11 @@ def attention(tracer: "ChannelTracer", op: Operation) -> None:
     keep = (0, 1, 3)
     sides = [tracer.along(tensor, keep=keep, must=3) for tensor in (query, key, value)]
     same_heads = query.shape[1] == key.shape[1] == value.shape[1]
-    if all(sides) and same_heads and query.shape[3] == value.shape[3]:
+    is_plain = all(len(tracer.axes(tensor)) == len(side) == 1 for tensor, side in zip(op.args, sides, strict=False))
+    bias = [axis for tensor in op.tensors()[3:] for axis in tracer.axes(tensor)]
+    if is_plain and same_heads and query.shape[3] == value.shape[3] and not bias:
         tracer.couplings.tie(sides[0][0], sides[1][0], "attention")
         tracer.couplings.tie(sides[0][0], sides[2][0], "attention")
         tracer.put(result, [sides[2][0]])
     else:
-        for axis in (axis for side in sides for axis in side):
-            tracer.couplings.freeze(axis, "attention whose queries, keys and values differ in heads or width")
+        freeze_all(tracer, op, "attention whose queries, keys and values do not have the same heads and width")

@@ -23,14 +23,13 @@ def same(tracer: "ChannelTracer", op: Operation) -> None:
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten")
 def reshape(tracer: "ChannelTracer", op: Operation) -> None:
-    """Dimensions are merged or split; splitting channels into (heads, width) makes every head keep equally many."""
+    """Dimensions are merged or split; splitting channels into (..., width) makes every row keep equally many."""
     source, result = op.args[0], op.out
     moved = []
     for axis in tracer.axes(source):
         new = reshape_axis(axis, source.shape, result.shape)
-        if len(varying(axis)) == 1 and len(varying(new)) == 2:
-            rows, width = (new.shape[dim] for dim in varying(new))
-            tracer.record_rows(new.reshape(rows, width))
+        if len(varying(axis)) == 1 and len(varying(new)) > 1:
+            tracer.record_rows(new.reshape(-1, new.shape[varying(new)[-1]]))
         moved.append(new)
     tracer.put(result, moved)
 
@@ -52,9 +51,8 @@ def take(tracer: "ChannelTracer", op: Operation) -> None:
     """A part (or several) along one dimension."""
     source = op.args[0]
     results = list(op.out) if isinstance(op.out, list | tuple) else [op.out]
-    position = 0 if op.name == "unbind" else 1
-    is_dim_second = op.name in ("slice", "narrow", "select")
-    dim = op.argument(position if is_dim_second or op.name == "unbind" else 2, "dim", 0) % source.dim()
+    position = 2 if op.name in ("split", "split_with_sizes", "chunk") else 1
+    dim = op.argument(position, "dim", 0) % source.dim()
     drops_dim = op.name in ("select", "unbind")
     moved: list[list[Tensor]] = [[] for _ in results]
     for axis in tracer.axes(source):
@@ -102,7 +100,11 @@ def concatenate(tracer: "ChannelTracer", op: Operation) -> None:
             part.expand([size if d == dim else other[d] for d in range(op.out.dim())])
             for part, size in zip(parts, sizes, strict=True)
         ]
-        moved.append(compress(torch.cat(full, dim)))
+        whole = torch.cat(full, dim)
+        if any(size > 1 for d, size in enumerate(other) if d != dim):
+            # In every other dimension the pieces must stay equally wide.
+            tracer.couplings.tie(whole, whole.narrow(dim, 0, 1), "joined with a tensor that has no such channels")
+        moved.append(compress(whole))
     tracer.put(op.out, moved)
 
 
@@ -123,7 +125,10 @@ def pad(tracer: "ChannelTracer", op: Operation) -> None:
 @rule("repeat", "index", "index_select", "roll", "flip", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
 @rule("as_strided", "gather")
 def rearrange(tracer: "ChannelTracer", op: Operation) -> None:
-    """Any other data movement: the very operation is run on the labels, written out in full."""
+    """Any other data movement: the very operation is run on the labels, written out in full.
+
+    As floating-point numbers, because some of these operations know no others; labels are far below 2**53.
+    """
     source = op.args[0]
     rest = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (op.args[1:], op.kwargs))
     for other in op.tensors()[1:]:
@@ -132,10 +137,8 @@ def rearrange(tracer: "ChannelTracer", op: Operation) -> None:
     if op.name == "as_strided" and not source.is_contiguous():
         freeze_all(tracer, op, "strided access")
         return
-    moved = [
-        compress(op.func(axis.expand(source.shape).contiguous(), *rest[0], **rest[1])) for axis in tracer.axes(source)
-    ]
-    tracer.put(op.out, moved)
+    written_out = [axis.double().expand(source.shape).contiguous() for axis in tracer.axes(source)]
+    tracer.put(op.out, [compress(op.func(axis, *rest[0], **rest[1]).long()) for axis in written_out])
 
 
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
@@ -148,4 +151,5 @@ def rearrange(tracer: "ChannelTracer", op: Operation) -> None:
 def spatial(tracer: "ChannelTracer", op: Operation) -> None:
     """Resampling within channels, (B, C, ...) -> (B, C, ...)."""
     result = op.out[0] if isinstance(op.out, tuple) else op.out
+    tracer.freeze_others(op.args[0], (0, 1), f"{op.name} across channels")
     tracer.put(result, tracer.along(op.args[0], keep=(0, 1)))

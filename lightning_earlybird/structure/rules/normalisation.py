@@ -23,6 +23,7 @@ def _normalise(tracer: "ChannelTracer", op: Operation, dim: int, parameters: Seq
                 tracer.couplings.tie(labels, axis.reshape(-1), "normalises an input without channels")
             if not arriving:
                 tracer.couplings.freeze(axis, "normalises an input without channels")
+    tracer.freeze_others(source, (0, dim) if dim == 1 else range(source.dim()), f"{op.name} across channels")
     tracer.put(result, tracer.axes(source))
 
 
