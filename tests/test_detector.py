@@ -353,9 +353,7 @@ def histories(detector: EarlyBirdDetector) -> dict[str, Any]:
         "checks": detector.distances,
         "emerged": detector.emerged,
         "masks": {s: mask.flat().tolist() for s, mask in detector.masks.items()},
-        "pairwise": {
-            s: (window.pairwise()[0], window.pairwise()[1].tolist()) for s, window in detector.windows.items()
-        },
+        "pairwise": {s: (steps, distances.tolist()) for s, (steps, distances) in pairwise.items()},
         "tickets": {s: detector.ticket(s).flat().tolist() for s in detector.emerged},
     }
 
