@@ -90,7 +90,7 @@ class DenoiserProbe:
 
     def start(self) -> None:
         """Begin to watch."""
-        self._resources.enter_context(torch.compiler.set_stance("force_eager"))
+        self._resources.enter_context(_EAGERLY)
         for name, module in self._root.named_modules():
             if name and (self._name is None or name == self._name):
                 hook = module.register_forward_pre_hook(self._watch(name), with_kwargs=True)
@@ -171,6 +171,30 @@ class DenoiserProbe:
                     self._calls[name] = call
 
         return hook
+
+
+class _Eagerly:
+    """Compiled code runs eagerly while anyone watches.
+
+    Counted, because the probes of two detectors overlap without being nested: each would restore what it had found.
+    """
+
+    def __init__(self) -> None:
+        self._watchers = 0
+        self._stance = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        if self._watchers == 0:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._watchers += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._watchers -= 1
+        if self._watchers == 0:
+            self._stance.close()
+
+
+_EAGERLY = _Eagerly()
 
 
 def check_name(root: nn.Module, name: str) -> None:

@@ -459,6 +459,18 @@ def test_a_compiled_denoiser_is_found_and_goes_on_compiled(compiled: Callable[[L
     assert torch._dynamo.eval_frame._debug_get_cache_entry_list(type(network).forward.__code__)
 
 
+def test_probes_that_overlap_leave_no_stance() -> None:
+    first, second = DenoiserProbe(holding(net=Mlp())), DenoiserProbe(holding(net=Mlp()))
+    first.start()
+    second.start()
+    first.stop()
+    assert stance() == "force_eager"
+    second.stop()
+    assert stance() == "default"
+    fit(Lit(Mlp), EarlyBirdDetector([0.5]), EarlyBirdDetector([0.25]), max_epochs=1)
+    assert stance() == "default"
+
+
 @pytest.mark.parametrize("compiled", [compiled_wrapper, compiled_in_place])
 def test_an_exception_in_the_first_step_leaves_no_hook_and_no_stance(compiled: Callable[[Lit], None]) -> None:
     class Failing(Lit):
