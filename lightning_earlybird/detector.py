@@ -231,7 +231,9 @@ class EarlyBirdDetector(pl.Callback):
             probe = self._probe
             self._stop_probe()
             self._find(trainer, pl_module, probe.resolve())
-        if self.every_n_train_steps and trainer.global_step and trainer.global_step % self.every_n_train_steps == 0:
+        # Several optimizers move the step on by more than one: what counts is that a multiple has been passed.
+        every = self.every_n_train_steps
+        if every is not None and trainer.global_step // every > max(0, self._last_check_step) // every:
             self.check(trainer, pl_module)
 
     @override

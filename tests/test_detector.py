@@ -71,6 +71,29 @@ def test_checks_happen_at_these_steps_and_at_no_other(settings, trainer, expecte
     assert steps_of(detector) == expected
 
 
+def test_several_optimizers_are_checked_once_a_multiple_of_the_interval_has_passed() -> None:
+    class Two(Lit):
+        def __init__(self) -> None:
+            super().__init__(Mlp)
+            self.automatic_optimization = False
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch, batch_idx):
+            loss = self.scale * super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(parameters, lr=0.1) for parameters in (self.model.parameters(), [self.scale])]
+
+    detector = detector_for(every_n_train_steps=3)
+    trainer = fit(Two(), detector, max_epochs=2)
+    assert trainer.global_step == 16
+    assert steps_of(detector) == [4, 6, 10, 12, 16]
+
+
 def test_a_check_sees_the_weights_after_the_step_it_is_named_after() -> None:
     module, detector, seen = Lit(Mlp, lambda module: torch.optim.Adam(module.parameters(), 0.1)), detector_for(), []
     masks = OnStep(lambda trainer, pl_module: seen.append((detector.masks[0.5].kept["up"], deepcopy(pl_module.model))))
