@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
@@ -134,8 +135,6 @@ class TimestepAwarePruner(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
-        if self.denoiser is not None:
-            check_name(pl_module, self.denoiser)
         if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
         if self._partition is not None:
@@ -151,6 +150,13 @@ class TimestepAwarePruner(pl.Callback):
             check_target(self.directory / name)
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Where there is a detector it looks at the same, and knows the denoiser.
+        if self.denoiser is not None:
+            check_name(pl_module, self.denoiser)
+        check_supported(trainer, pl_module)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         present = find_ensemble(pl_module)
         if present is None and self._saved is not None:
@@ -163,9 +169,16 @@ class TimestepAwarePruner(pl.Callback):
         self._remember_initial(pl_module)
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._remember_initial(pl_module)
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._remember_initial(pl_module)
         log_metrics(trainer, self._loss.add(outputs))
         limit = self.max_search_steps
         self._consider_switch(trainer, pl_module, at_limit=limit is not None and trainer.global_step >= limit)
@@ -288,6 +301,7 @@ class TimestepAwarePruner(pl.Callback):
     def _take_saved(self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
         """Put tickets that were saved earlier in the denoiser's place."""
         name = self.denoiser or _matching_denoiser(pl_module, path)
+        check_supported(trainer, pl_module, name)
         dense = unwrap(pl_module.get_submodule(name))
         saved = load_ensemble(path, denoiser=lambda: copy.deepcopy(dense))
         replace_denoiser(

@@ -153,6 +153,8 @@ def _check_denoiser(module: pl.LightningModule, name: str) -> None:
             if id(shared) in parameters:
                 refuse(f"it shares the parameter {prefix + key!r}, which has no tickets", "Make two parameters of it.")
         for key, value in plain_attributes(owner):
+            if owner is module and key == "_param_requires_grad_state":
+                continue  # what `toggle_optimizer` remembers is handed on at the switch
             leaves = list(_leaves(value))
             if {id(leaf) for leaf in leaves} & held or {id(_bound(leaf)) for leaf in leaves} & {*parts, id(dense)}:
                 refuse(
