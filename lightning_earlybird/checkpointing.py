@@ -18,7 +18,7 @@ from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import resize_
 from lightning_earlybird.tickets import EnsembleRecord
-from lightning_earlybird.transition import replace_denoiser
+from lightning_earlybird.transition import averaged_modules, replace_denoiser
 
 CHECKPOINT_KEY = "lightning_earlybird"
 CHECKPOINT_VERSION = 1
@@ -64,6 +64,7 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
     name = state["denoiser"]
     record = EnsembleRecord.from_json(state["record"], [TicketMask.from_state_dict(mask) for mask in state["masks"]])
     partition = TimestepPartition.from_json(state["partition"])
+    timesteps = TimestepArgument(**state["timesteps"])
     prefix = f"{name}.tickets."
     shapes: list[dict[str, torch.Size]] = [{} for _ in partition]
     for key, tensor in checkpoint["state_dict"].items():
@@ -77,8 +78,11 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
                 f"ckpt_path: its tickets have other shapes than those in {present[0]!r}. Build a fresh module and load "
                 "the checkpoint into that."
             )
+        for root in (module, *averaged_modules(trainer)):
+            ensemble = root.get_submodule(present[0])
+            assert isinstance(ensemble, TicketEnsemble)
+            ensemble.partition, ensemble.timesteps, ensemble.record = partition, timesteps, record
         return
-    timesteps = TimestepArgument(**state["timesteps"])
 
     def build(dense: nn.Module) -> nn.Module:
         tickets = [
