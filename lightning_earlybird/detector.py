@@ -275,7 +275,8 @@ class EarlyBirdDetector(pl.Callback):
         metrics = named_metrics(checks)
         for sparsity, check in checks.items():
             if check.distance is not None:
-                pl_module.log(f"distance/{sparsity:g}", check.distance, prog_bar=True, logger=False)
+                # The same on every rank; synchronised all the same, or Lightning warns that it may not be.
+                pl_module.log(f"distance/{sparsity:g}", check.distance, prog_bar=True, logger=False, sync_dist=True)
             # Every rank scores the same weights, yet a switch on one rank only would hang the others: they vote.
             converged = trainer.strategy.reduce_boolean_decision(check.converged, all=True)
             if converged and sparsity not in self.emerged:

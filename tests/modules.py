@@ -122,7 +122,7 @@ class Lit(pl.LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch[0]))
+        self.log("val_loss", self.loss(batch[0]), sync_dist=True)
 
     def test_step(self, batch, batch_idx):
         self.log("test_loss", self.loss(batch[0]))
