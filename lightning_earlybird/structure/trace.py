@@ -15,11 +15,12 @@ from lightning_earlybird.structure.tracer import ChannelTracer, QueryWatch
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random states are as before afterwards."""
+def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Iterator[None]:
+    """No gradients, and evaluation mode unless told otherwise; modes and random states are as before afterwards."""
     training = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    model.eval()
+    if evaluate:
+        model.eval()
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
             yield
@@ -28,6 +29,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@torch.inference_mode(False)
 def trace_plan(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> ChannelPlan:
     """Run the network once and read off how its tensors depend on its channels.
 

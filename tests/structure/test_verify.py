@@ -1,0 +1,290 @@
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import DENOISERS, PlainUNet, denoiser
+from torch import Tensor, nn
+
+from lightning_earlybird.structure import (
+    ChannelGroup,
+    ChannelPlan,
+    StructureError,
+    trace_plan,
+    verify_plan,
+)
+
+IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).sin().view(2, 3, 8, 8)
+
+
+class TwoLayers(nn.Module):
+    """Two prunable groups, "a" and "b", and Python code between the layers."""
+
+    def __init__(self, between: Callable[["TwoLayers", Tensor], Tensor] = lambda net, h: h) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 3, 3, padding=1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.between(self, self.a(x))))
+
+
+def names(plan: ChannelPlan) -> set[str]:
+    return {group.name for group in plan.groups}
+
+
+def with_ids(plan: ChannelPlan, changed: Mapping[tuple[str, int], Tensor], *groups: ChannelGroup) -> ChannelPlan:
+    """The plan with other channel ids in some places, and further groups."""
+    ids = {name: {dim: changed.get((name, dim), old) for dim, old in dims.items()} for name, dims in plan.ids.items()}
+    return replace(plan, ids=ids, groups=(*plan.groups, *groups))
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_traced_plan_passes_whole(name: str) -> None:
+    given = denoiser(name)
+    plan = trace_plan(given.network, given.args, given.kwargs)
+
+    verified = verify_plan(given.network, plan, given.args, given.kwargs)
+
+    assert verified.plan is plan
+    assert verified.failed == {}
+    assert 0 < verified.max_error < 1e-5
+
+
+def test_a_dimension_whose_channels_are_mixed_up_freezes_its_group_and_no_other() -> None:
+    given = denoiser("hand-written")
+    plan = trace_plan(given.network, given.args)
+    place = ("down1.conv2.weight", 1)
+    wrong = with_ids(plan, {place: plan.ids[place[0]][place[1]].roll(1)})
+
+    verified = verify_plan(given.network, wrong, given.args)
+
+    assert set(verified.failed) == {"down1.conv1"}
+    assert "the output differs by" in verified.failed["down1.conv1"]
+    assert names(verified.plan) == names(plan) - {"down1.conv1"}
+    assert "down1.conv1" in [entry.name for entry in verified.plan.frozen]
+
+
+@pytest.mark.parametrize("name", ["without attention", "attention_head_dim=8", "hand-written"])
+def test_no_single_dimension_in_the_wrong_order_drowns_on_its_way_to_the_output(name: str) -> None:
+    given = denoiser(name)
+    plan = trace_plan(given.network, given.args)
+    places = [(name, 1) for name, dims in plan.ids.items() if 1 in dims and bool((dims[1] >= 0).all())]
+
+    for place in places[::4]:
+        wrong = with_ids(plan, {place: plan.ids[place[0]][1].roll(1)})
+        assert verify_plan(given.network, wrong, given.args, tolerance=1e9).max_error > 1e-3
+
+
+def test_channels_that_were_not_coupled_freeze_both_groups() -> None:
+    given = denoiser("hand-written")
+    plan = trace_plan(given.network, given.args)
+    new = plan.num_channels + torch.arange(16)
+    wrong = with_ids(plan, {("down1.conv2.weight", 1): new}, ChannelGroup("apart", new))
+
+    verified = verify_plan(given.network, wrong, given.args)
+
+    assert set(verified.failed) == {"down1.conv1", "apart"}
+    assert names(verified.plan) == names(plan) - {"down1.conv1"}
+
+
+def test_freezing_renumbers_the_channels_that_remain() -> None:
+    given = denoiser("hand-written")
+    plan = trace_plan(given.network, given.args)
+    first = plan.groups[0].name
+    place = next(
+        (name, dim) for name, dims in plan.ids.items() for dim, ids in dims.items() if ids[0] == 0 and dim == 1
+    )
+    reduced = verify_plan(given.network, with_ids(plan, {place: plan.ids[place[0]][1].roll(1)}), given.args).plan
+
+    assert first not in names(reduced)
+    assert torch.cat([group.channels for group in reduced.groups]).tolist() == list(range(reduced.num_channels))
+    for group in reduced.groups:
+        old = next(other for other in plan.groups if other.name == group.name)
+        for name, dims in reduced.ids.items():
+            for dim, ids in dims.items():
+                assert torch.equal(torch.isin(ids, group.channels), torch.isin(plan.ids[name][dim], old.channels))
+
+
+def test_a_zero_output_layer_hides_nothing() -> None:
+    given = denoiser("hand-written")
+    assert isinstance(given.network, PlainUNet)
+    nn.init.zeros_(given.network.conv_out.weight)
+    nn.init.zeros_(given.network.conv_out.bias)
+    plan = trace_plan(given.network, given.args)
+    place = ("up1.conv2.weight", 1)
+
+    assert verify_plan(given.network, plan, given.args).failed == {}
+    wrong = with_ids(plan, {place: plan.ids[place[0]][place[1]].roll(1)})
+    assert set(verify_plan(given.network, wrong, given.args).failed) == {"up1.conv1"}
+
+
+def test_a_width_written_into_the_code_freezes_its_group() -> None:
+    network = TwoLayers(lambda net, h: h.view(2, 8, 8, 8))
+
+    verified = verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,))
+
+    assert set(verified.failed) == {"a"}
+    assert "RuntimeError: shape" in verified.failed["a"]
+    assert names(verified.plan) == {"b"}
+
+
+def test_a_scale_computed_from_the_width_freezes_queries_and_keys() -> None:
+    given = denoiser("hand-written")
+    network = PlainUNet(scale="width").eval()
+
+    verified = verify_plan(network, trace_plan(network, given.args), given.args)
+
+    assert set(verified.failed) == {"attention.q"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_code_that_depends_on_positions_is_caught_whichever_channels_are_drawn(seed: int) -> None:
+    # Rolling the channels that are left is right as long as the last one is among them.
+    network = TwoLayers(lambda net, h: h.roll(1, dims=1))
+
+    verified = verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,), seed=seed)
+
+    assert set(verified.failed) == {"a"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_code_that_needs_equal_widths_is_caught_whichever_numbers_are_drawn(seed: int) -> None:
+    def check(net: TwoLayers, h: Tensor) -> Tensor:
+        if net.a.out_channels != net.b.out_channels:
+            raise ValueError("a and b must be equally wide")
+        return h
+
+    network = TwoLayers(check)
+
+    with pytest.raises(StructureError, match=r"every channel group fails.* ValueError: a and b must be equally wide"):
+        verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,), seed=seed)
+
+
+def test_groups_that_fail_only_together_are_an_error() -> None:
+    def check(net: TwoLayers, h: Tensor) -> Tensor:
+        if net.a.out_channels < 8 and net.b.out_channels < 8:
+            raise ValueError("not both")
+        return h
+
+    network = TwoLayers(check)
+
+    with pytest.raises(
+        StructureError, match=r"2 channel groups pass verification alone but not together \(ValueError: not"
+    ):
+        verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,))
+
+
+def test_a_branch_that_only_training_takes_must_fit_as_well() -> None:
+    def auxiliary(net: Any, h: Tensor) -> Tensor:
+        if net.training:
+            net.extra(h)
+        return h
+
+    network = TwoLayers(auxiliary)
+    network.extra = nn.Conv2d(8, 1, 1)
+    plan = trace_plan(network.train(), (IMAGE,))
+
+    assert set(verify_plan(network, plan, (IMAGE,)).failed) == {"a"}
+    assert verify_plan(network.eval(), plan, (IMAGE,)).failed == {}
+
+
+def test_a_network_that_cannot_train_on_one_sample_runs_backward_in_evaluation_mode() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)).train()
+    sample = IMAGE[:1]
+
+    assert verify_plan(network, trace_plan(network, (sample,)), (sample,)).failed == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_any_precision_are_compared_in_at_least_float32(dtype: torch.dtype) -> None:
+    network = TwoLayers().to(dtype)
+    plan = trace_plan(network, (IMAGE.to(dtype),))
+
+    verified = verify_plan(network, plan, (IMAGE.to(dtype),))
+
+    assert verified.failed == {}
+    assert verified.max_error < 1e-5
+
+
+def test_settings_that_trade_precision_for_speed_do_not_reach_the_comparison() -> None:
+    given = denoiser("attention_head_dim=8")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            verified = verify_plan(given.network, trace_plan(given.network, given.args), given.args)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+    assert verified.failed == {}
+    assert 0 < verified.max_error < 1e-5
+
+
+def test_tracing_and_verifying_work_in_inference_mode() -> None:
+    given = denoiser("attention_head_dim=8")
+    plan = trace_plan(given.network, given.args)
+
+    with torch.inference_mode():
+        sample, timesteps = given.args[0] + 0, given.args[1]
+        verified = verify_plan(given.network, trace_plan(given.network, (sample, timesteps)), (sample, timesteps))
+
+    assert names(verified.plan) == names(plan)
+
+
+def test_verification_leaves_weights_modes_and_random_state_alone() -> None:
+    given = denoiser("hand-written")
+    given.network.train()
+    given.network.down1.eval()
+    modes = {name: module.training for name, module in given.network.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in given.network.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    verify_plan(given.network, trace_plan(given.network, given.args), given.args)
+
+    assert {name: module.training for name, module in given.network.named_modules()} == modes
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in given.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in given.network.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_seed_fixes_what_is_tried() -> None:
+    given = denoiser("hand-written")
+    plan = trace_plan(given.network, given.args)
+
+    def error(seed: int) -> float:
+        return verify_plan(given.network, plan, given.args, seed=seed).max_error
+
+    assert error(1) == error(1)
+    assert error(1) != error(2)
+
+
+def test_an_output_that_is_zero_whatever_the_weights_proves_nothing() -> None:
+    network = TwoLayers(lambda net, h: h)
+    plan = trace_plan(network, (IMAGE,))
+    network.register_forward_hook(lambda module, args, out: out * 0)
+
+    with pytest.raises(StructureError, match="the output is zero whatever the weights"):
+        verify_plan(network, plan, (IMAGE,))
+
+
+def test_an_output_whose_shape_follows_the_width_is_refused() -> None:
+    network = TwoLayers()
+    plan = trace_plan(network, (IMAGE,))
+    network.register_forward_hook(lambda net, args, out: out[..., : net.a.out_channels])
+
+    verified = verify_plan(network, plan, (IMAGE,))
+
+    assert verified.failed == {"a": "the output changes its shape"}
+
+
+def test_a_call_that_the_dense_network_refuses_is_reported_as_such() -> None:
+    network = TwoLayers()
+    plan = trace_plan(network, (IMAGE,))
+
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        verify_plan(network, plan, (IMAGE[:, :2],))
