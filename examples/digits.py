@@ -217,6 +217,7 @@ def main(arguments: list[str]) -> None:
     config = read_config(arguments)
     output = Path(config.output)
     L.seed_everything(config.seed)
+    torch.set_num_threads(config.threads)
     train, held_out = digits(config.data.held_out)
     loader = DataLoader(TensorDataset(train), config.data.batch_size, shuffle=True, drop_last=True)
     module = DigitsDiffusion(config.model, config.optimizer)
@@ -229,7 +230,8 @@ def main(arguments: list[str]) -> None:
     loggers: list[Logger] = [CSVLogger(output, name="", version="")]
     if config.wandb.mode != "disabled":
         offline = wandb_is_offline(config.wandb.mode)
-        loggers.append(WandbLogger(project=config.wandb.project, save_dir=output, offline=offline))
+        mode = "offline" if offline else "online"
+        loggers.append(WandbLogger(project=config.wandb.project, save_dir=output, offline=offline, mode=mode))
     trainer = L.Trainer(
         **config.trainer,
         logger=loggers,
