@@ -50,6 +50,8 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
 
 def _by_place(dimensions: Sequence[Tensor], components: Tensor, usable: Tensor) -> dict[tuple[int, ...], list[int]]:
     """Components that live in the same places form a group: numbers of those places -> components."""
+    if not dimensions:
+        return {}
     sizes = torch.tensor([len(labels) for labels in dimensions])
     place = torch.arange(len(dimensions)).repeat_interleave(sizes)
     component = components[torch.cat(list(dimensions))]
@@ -109,6 +111,8 @@ def _frozen_report(
 
 def _query_scales(tracer: ChannelTracer) -> tuple[QueryScale, ...]:
     """Find the weight rows that made each query: labels keep the identity of the parameter that produced them."""
+    if not tracer.queries:
+        return ()
     places = list(tracer.dimensions)
     starts = torch.stack([labels[0] for labels in tracer.dimensions.values()])  # labels are handed out in this order
     scales: dict[Place, QueryScale] = {}
