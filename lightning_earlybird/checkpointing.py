@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_earlybird.conversion import find_ensemble, split_name
+from lightning_earlybird.conversion import find_ensemble, forget_training, split_name
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import resize_
 from lightning_earlybird.tickets import EnsembleRecord
 from lightning_earlybird.transition import averaged_modules, replace_denoiser
+from lightning_earlybird.transition.slots import unwrap
 
 CHECKPOINT_KEY = "lightning_earlybird"
 CHECKPOINT_VERSION = 1
@@ -93,6 +94,7 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
         return ensemble
 
     try:
+        forget_training(trainer, unwrap(module.get_submodule(name)))
         replace_denoiser(trainer, module, name, build, lambda _, tensor: tensor, lambda new: split_name(new)[1])
     except (AttributeError, ValueError) as error:
         raise MisconfigurationException(

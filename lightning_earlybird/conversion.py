@@ -29,6 +29,8 @@ from lightning_earlybird.structure import (
 )
 from lightning_earlybird.tickets import EnsembleRecord, TicketFacts, describe_denoiser
 from lightning_earlybird.transition import averaged_modules, replace_denoiser
+from lightning_earlybird.transition.optimizers import family
+from lightning_earlybird.transition.rehearsal import bare
 from lightning_earlybird.transition.slots import unwrap
 
 
@@ -117,11 +119,7 @@ def convert(
         return slicers[ticket].slice(dense_name, tensor)
 
     if initial_weights is not None:
-        # Moments belong to the weights that are thrown away.
-        for optimizer in trainer.optimizers:
-            for parameter in dense.parameters():
-                optimizer.state.pop(parameter, None)
-                parameter.grad = None
+        forget_training(trainer, dense)
     edits = tuple(attribute_edits(dense, extract(dense, plan, mask)) for mask in masks)
     ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
     assert isinstance(ensemble, TicketEnsemble)
@@ -146,6 +144,16 @@ def convert(
         assert isinstance(in_slot, TicketEnsemble)
         in_slot.record = record
     return ensemble
+
+
+def forget_training(trainer: pl.Trainer, dense: nn.Module) -> None:
+    """Drop the optimizer state and the gradients of weights that are about to be thrown away."""
+    for optimizer in trainer.optimizers:
+        for member in family(bare(optimizer)):
+            for parameter in dense.parameters():
+                member.state.pop(parameter, None)
+    for parameter in dense.parameters():
+        parameter.grad = None
 
 
 def find_ensemble(module: nn.Module) -> tuple[str, TicketEnsemble] | None:

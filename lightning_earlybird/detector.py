@@ -250,7 +250,8 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop_probe()
+        self._stop_probe()  # Lightning does not tear down after an exception
+        self._forget_restore()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

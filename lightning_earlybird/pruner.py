@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
 from lightning_earlybird.checkpointing import restore_on_load, save_structure
-from lightning_earlybird.conversion import convert, find_ensemble
+from lightning_earlybird.conversion import convert, find_ensemble, forget_training
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.probe import check_name
@@ -210,6 +210,10 @@ class TimestepAwarePruner(pl.Callback):
         save_structure(pl_module, checkpoint)
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._forget_restore()  # Lightning does not tear down after an exception
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._forget_restore()
 
@@ -304,6 +308,7 @@ class TimestepAwarePruner(pl.Callback):
         check_supported(trainer, pl_module, name)
         dense = unwrap(pl_module.get_submodule(name))
         saved = load_ensemble(path, denoiser=lambda: copy.deepcopy(dense))
+        forget_training(trainer, dense)
         replace_denoiser(
             trainer,
             pl_module,

@@ -1,5 +1,6 @@
 """Checkpoints on either side of the switch: what comes back, and what is refused."""
 
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,33 @@ def test_the_modules_own_hook_still_sees_the_checkpoint(tmp_path: Path) -> None:
     run(tmp_path, 3, module=module, ckpt_path=tmp_path / "epoch=1.ckpt")
     assert module.own == 7 and module.kind is TicketEnsemble
     assert "on_load_checkpoint" not in vars(module)  # nothing of the callbacks stays behind
+
+
+@pytest.mark.parametrize("kind", ["pruner", "detector"])
+def test_a_module_whose_fit_broke_off_can_load_a_checkpoint_later(kind: str, tmp_path: Path) -> None:
+    """Gradients of the dense weights are left over, and must not be taken for the tickets'."""
+
+    class Broken(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise ZeroDivisionError("in the middle")
+
+    def callback() -> pl.Callback:
+        if kind == "detector":
+            return EarlyBirdDetector([0.5], window=2, threshold=1.0, round_to=4, on_emergence="prune")
+        return TimestepAwarePruner([(0, 1000, 0.5)], max_search_steps=4, round_to=4, dirpath=tmp_path / "tickets")
+
+    module = Repeatable()
+    with pytest.raises(ZeroDivisionError):
+        fit(module, callback(), EMAWeightAveraging(), Broken(), max_epochs=2)
+    assert module.model.conv_in.weight.grad is not None
+    assert "on_load_checkpoint" not in vars(module)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TimestepAwarePruner|max_search_steps")
+        other = Repeatable()
+        fit(other, callback(), max_epochs=2).save_checkpoint(tmp_path / "tickets.ckpt")
+    trainer = fit(module, callback(), max_epochs=3, ckpt_path=tmp_path / "tickets.ckpt")
+    assert trainer.global_step == 12 and isinstance(module.model, TicketEnsemble)
 
 
 # --- testing ----------------------------------------------------------------------------------------------------------

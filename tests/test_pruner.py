@@ -85,7 +85,7 @@ class Watch(pl.Callback):
 
 def slicers_of(module: pl.LightningModule, dense: nn.Module) -> list[TicketSlicer]:
     """How each ticket was cut, from a trace of the dense network that the callbacks have no part in."""
-    plan = trace_plan(dense, (torch.randn(1, *module.sample_shape), torch.tensor([7])))
+    plan = trace_plan(deepcopy(dense).float(), (torch.randn(1, *module.sample_shape), torch.tensor([7])))
     return [TicketSlicer(plan, mask) for mask in module.model.record.masks]
 
 
@@ -543,6 +543,15 @@ def test_tickets_saved_earlier_replace_the_denoiser_at_the_start_of_the_fit(tmp_
     assert len(again.losses) == 8
     assert "have replaced the denoiser 'model'" in caplog.text
     assert_same_state(load_ensemble(tmp_path / "second" / "ensemble", ConvNet), ema._average_model.module.model)
+
+
+def test_saved_tickets_start_without_the_optimizer_state_of_a_dense_checkpoint(tmp_path: Path) -> None:
+    fit(Lit(), quick(), pruner_in(tmp_path), max_epochs=2)
+    fit(Lit(), max_epochs=1).save_checkpoint(tmp_path / "dense.ckpt")
+    pruner = TimestepAwarePruner(tmp_path / "tickets" / "switch", dirpath=tmp_path / "second")
+    trainer = fit(Lit(), pruner, max_epochs=2, ckpt_path=tmp_path / "dense.ckpt")
+    assert pruner.switched_at == 4
+    assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {4}
 
 
 def test_saved_tickets_need_a_denoiser_that_they_fit(tmp_path: Path) -> None:
