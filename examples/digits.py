@@ -99,8 +99,12 @@ class DenseKeeper(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.perf_counter()
+        self._keep(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._keep(pl_module)
+
+    def _keep(self, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module.model, UNet2DModel):
             # Lightning has no public way to the averaged weights.
             self.denoiser = copy.deepcopy(self.average._average_model.module.model).eval()
@@ -223,7 +227,9 @@ def main(arguments: list[str]) -> None:
     module = DigitsDiffusion(config.model, config.optimizer)
     scheduler = SCHEDULERS[config.sampling.scheduler](num_train_timesteps=config.model.num_train_timesteps)
 
-    detector = EarlyBirdDetector(sorted({sparsity for _, _, sparsity in config.pruner.regions}), **config.detector)
+    sparsities = sorted({sparsity for _, _, sparsity in config.pruner.regions if sparsity > 0})
+    # Without sparsity (the dense control) there is nothing to detect; the pruner then brings what it needs.
+    watchers = [EarlyBirdDetector(sparsities, **config.detector)] if sparsities else []
     pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
     average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
     keeper = DenseKeeper(average)
@@ -235,12 +241,13 @@ def main(arguments: list[str]) -> None:
     trainer = L.Trainer(
         **config.trainer,
         logger=loggers,
-        callbacks=[average, keeper, detector, pruner, PhaseBar(pruner)],
+        callbacks=[average, keeper, *watchers, pruner, PhaseBar(pruner)],
         log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
     trainer.fit(module, loader)
+    detector = pruner.detector
 
     # The pruner has written the ensemble to output / "ensemble", from where from_pretrained would give the same.
     ensemble = TicketEnsembleSampler.from_trainer(trainer)
