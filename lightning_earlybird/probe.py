@@ -48,6 +48,7 @@ class DenoiserCall:
         kwargs: Keyword arguments, likewise.
         timesteps: Where the timesteps come in.
         sample_shape: Shape of one noisy sample, without the batch.
+        seen: The timesteps of the whole batch, shape (batch_size,), on the CPU.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DenoiserCall:
     kwargs: dict[str, Any]
     timesteps: TimestepArgument
     sample_shape: tuple[int, ...]
+    seen: Tensor
 
     def for_network(self, network: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with floating-point tensors in the network's dtype: outside of autocast they must agree."""
@@ -227,7 +229,7 @@ def read_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mappi
     if not per_sample:
         return None
     named = [entry for entry in per_sample if entry[0] in TIMESTEP_NAMES]
-    argument, position, _ = (named or per_sample)[0]
+    argument, position, timesteps = (named or per_sample)[0]
 
     def first_row(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -240,6 +242,7 @@ def read_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mappi
         kwargs=tree_map(first_row, dict(kwargs)),
         timesteps=TimestepArgument(argument, position),
         sample_shape=tuple(batch.shape[1:]),
+        seen=timesteps.detach().reshape(-1).to("cpu", copy=True),
     )
 
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
 from lightning_earlybird.checkpointing import restore_on_load, save_structure
-from lightning_earlybird.conversion import convert, find_ensemble, forget_training
+from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble, forget_training
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.probe import check_name
@@ -118,6 +118,7 @@ class TimestepAwarePruner(pl.Callback):
         self.switched_at: int | None = None
         self.directory: Path | None = None
         self._initial: dict[str, Tensor] | None = None
+        self._seen: FoundDenoiser | None = None
         self._loss = SwitchLoss()
         self._undo_restore: Callable[[], None] | None = None
 
@@ -166,19 +167,19 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._remember_initial(pl_module)
+        self._look_at_first_step(pl_module)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._remember_initial(pl_module)
+        self._look_at_first_step(pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._remember_initial(pl_module)
+        self._look_at_first_step(pl_module)
         log_metrics(trainer, self._loss.add(outputs))
         limit = self.max_search_steps
         self._consider_switch(trainer, pl_module, at_limit=limit is not None and trainer.global_step >= limit)
@@ -276,7 +277,7 @@ class TimestepAwarePruner(pl.Callback):
         ensemble = convert(trainer, pl_module, found, partition, masks, detector.emerged, initial_weights=self._initial)
         assert ensemble.record is not None
         detector.finish()
-        self._initial = None
+        self._initial = self._seen = None
         self.facts = ensemble.record.facts
         self.switched_at = trainer.global_step
         self._loss.switch()
@@ -293,11 +294,20 @@ class TimestepAwarePruner(pl.Callback):
             metrics[f"ticket_{index}/macs_removed"] = fact.achieved_macs
         log_metrics(trainer, metrics)
 
-    def _remember_initial(self, pl_module: pl.LightningModule) -> None:
-        searching = self.switched_at is None and self.detector is not None and self.detector.found is not None
-        if self.rewind == "init" and self._initial is None and searching:
-            assert self.detector is not None and self.detector.found is not None
-            network = unwrap(pl_module.get_submodule(self.detector.found.call.name))
+    def _look_at_first_step(self, pl_module: pl.LightningModule) -> None:
+        """As soon as the denoiser is found, and before it learns: do the regions fit, and what are its weights?"""
+        found = self.detector.found if self.detector is not None else None
+        if found is None or self._partition is None or self._seen is found:
+            return
+        self._seen = found
+        try:
+            self._partition.lookup(found.call.seen)
+        except ValueError as error:
+            # The tickets would say so, too, but only once the search is over.
+            regions = self._partition.to_json()["regions"]
+            raise MisconfigurationException(f"regions={regions}: in the first batch, {error}") from error
+        if self.rewind == "init" and self._initial is None:
+            network = unwrap(pl_module.get_submodule(found.call.name))
             self._initial = {key: value.detach().to("cpu", copy=True) for key, value in network.state_dict().items()}
 
     # --- tickets that are there already

@@ -251,7 +251,8 @@ def test_a_pinned_inner_network_is_taken_instead_of_its_wrapper() -> None:
             return self.inner(x, t)
 
     root = holding(net=Wrapper())
-    assert watch(root, lambda: root["net"](NOISY, STEPS), name="net.inner").timesteps.name == "timesteps"
+    call = watch(root, lambda: root["net"](NOISY, STEPS), name="net.inner")
+    assert call.timesteps.name == "timesteps" and torch.equal(call.seen, STEPS)
 
 
 def test_a_pinned_network_is_taken_though_it_is_frozen() -> None:

@@ -844,6 +844,21 @@ def test_a_denoiser_that_does_not_exist_is_refused_before_training(tmp_path: Pat
     assert module.losses == []
 
 
+def test_regions_that_do_not_cover_the_first_batch_are_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    class Continuous(Lit):
+        def loss(self, samples: Tensor) -> Tensor:
+            return self.model(samples, torch.linspace(0, 1.5, len(samples)).view(-1, 1)).square().mean()
+
+    module = Continuous()
+    before = deepcopy(module.state_dict())
+    message = r"regions=\[{'start': 0.*: in the first batch, timesteps hold 1.07.*, outside the time axis \[0, 1\)"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, quick(0.5), pruner_in(tmp_path, [(0, 1, 0.5)]), max_epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    fit(module, quick(0.5), pruner := pruner_in(tmp_path, [(0, 1, 0.5), (1, math.inf, 0.0)]), max_epochs=2)
+    assert pruner.switched_at == SWITCH
+
+
 def test_optimizers_that_cannot_follow_are_refused_before_training(tmp_path: Path) -> None:
     module = Lit(configure=lambda module: torch.optim.LBFGS(module.parameters()))
     with pytest.raises(MisconfigurationException, match="configure_optimizers gives LBFGS: it keeps parameters"):
