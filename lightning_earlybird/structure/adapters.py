@@ -90,14 +90,21 @@ def _resample(new: Any, dense: Any, width: int | None) -> Attributes:
 def _attention(new: Any, dense: Any, width: int | None) -> Attributes:
     # The Attention of diffusers computes the head width from the tensors at run time; these attributes inform its
     # processors and users.
-    if not hasattr(new, "to_q"):
-        return {}
-    values: Attributes = {"inner_dim": new.to_q.weight.shape[0], "query_dim": new.to_q.weight.shape[1]}
-    if getattr(new, "to_k", None) is not None:
-        values |= {"inner_kv_dim": new.to_k.weight.shape[0], "cross_attention_dim": new.to_k.weight.shape[1]}
-    if getattr(new, "to_out", None) is not None:
-        values["out_dim"] = new.to_out[0].weight.shape[0]
-    return {name: value for name, value in values.items() if isinstance(getattr(dense, name, None), int)}
+    last = getattr(new, "to_out", None)
+    if isinstance(last, nn.Sequential | nn.ModuleList):
+        last = last[0]
+    values: Attributes = {}
+    for layer, outputs, inputs in (
+        (getattr(new, "to_q", None), "inner_dim", "query_dim"),
+        (getattr(new, "to_k", None), "inner_kv_dim", "cross_attention_dim"),
+        (last, "out_dim", None),
+    ):
+        weight = getattr(layer, "weight", None)
+        if weight is not None:
+            values[outputs] = weight.shape[0]
+            if inputs is not None:
+                values[inputs] = weight.shape[1]
+    return values
 
 
 ADAPTERS: Mapping[str, Adapter] = {
@@ -128,9 +135,13 @@ def repair_attributes(new: nn.Module, dense: nn.Module, width_of: Callable[[str]
     """
     originals = dict(dense.named_modules())
     for name, module in new.named_modules():
-        adapter = adapter_of(module)
-        if adapter is not None:
-            for attribute, value in adapter.repair(module, originals[name], width_of(name)).items():
+        adapter, dense_module = adapter_of(module), originals[name]
+        if adapter is None:
+            continue
+        width = width_of(name) if adapter.input_dim is not None else None
+        for attribute, value in adapter.repair(module, dense_module, width).items():
+            # Somebody else's class of the same name may lack some of the attributes, or mean something else by them.
+            if isinstance(getattr(dense_module, attribute, None), int | tuple):
                 setattr(module, attribute, value)
 
 

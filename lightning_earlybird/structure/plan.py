@@ -14,7 +14,7 @@ class StructureError(ValueError):
     """A network cannot be traced, verified or pruned; the message says what was found and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels that are chosen among each other: one layer's width, with everything that has to follow it.
 
@@ -43,7 +43,7 @@ class FrozenChannels:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QueryScale:
     """Rows of a projection that feed the query of an attention.
 
@@ -60,7 +60,7 @@ class QueryScale:
     rows: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelPlan:
     """How a denoiser's tensors depend on its channels; traced once per fit.
 
@@ -139,13 +139,10 @@ class ChannelPlan:
                     result.setdefault(name, {})[dim] = stays.nonzero().flatten()
         return result
 
-    def input_width(self, module: str, mask: TicketMask) -> int | None:
-        """Width of a module's input under the mask, or None where the trace has not seen it carry channels."""
-        ids = self.inputs.get(module)
-        if ids is None:
-            return None
+    def input_widths(self, mask: TicketMask) -> dict[str, int]:
+        """Width of the input of every module that the trace has seen receive channels, under the mask."""
         kept = self.kept(mask)
-        return int(((ids < 0) | kept[ids.clamp_min(0)]).sum())
+        return {module: int(((ids < 0) | kept[ids.clamp_min(0)]).sum()) for module, ids in self.inputs.items()}
 
     def row_factors(self, mask: TicketMask) -> dict[str, tuple[int, Tensor]]:
         """What keeps the scores of narrower attention heads as they were.
