@@ -555,6 +555,23 @@ def test_a_denoiser_without_prunable_channels_is_refused() -> None:
         fit(Lit(Flat), EarlyBirdDetector([0.5]), max_epochs=1)
 
 
+def test_channels_whose_pruning_fails_verification_stay_whole_with_a_warning() -> None:
+    class Averaging(ConvNet):
+        """Its output depends on how wide the hidden layer is."""
+
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            time = self.time(timesteps.to(x.dtype).view(-1, 1) / 1000)
+            hidden = self.hidden(nn.functional.silu(self.norm(self.conv_in(x) + time[:, :, None, None])))
+            return self.conv_out(nn.functional.silu(hidden)) / hidden.shape[1]
+
+    detector = detector_for()
+    message = r"denoiser='model': the channels of 'hidden' stay whole, as pruning them failed verification \(the output"
+    with pytest.warns(UserWarning, match=message):
+        fit(Lit(Averaging), detector, max_epochs=1)
+    assert [group.name for group in detector.found.plan.groups] == ["conv_in"]
+    assert list(detector.masks[0.5].kept) == ["conv_in"]
+
+
 def test_ways_of_holding_the_denoiser_that_cannot_follow_are_refused_in_the_first_step() -> None:
     class Twice(Lit):
         def __init__(self) -> None:

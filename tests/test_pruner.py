@@ -221,8 +221,9 @@ def test_the_search_limit_can_end_the_fit(tmp_path: Path) -> None:
     assert len(module.losses) == 5 and isinstance(module.model, ConvNet)
 
 
-def test_a_search_limit_beyond_emergence_changes_nothing(tmp_path: Path) -> None:
-    pruner = pruner_in(tmp_path, max_search_steps=9, on_search_limit="raise")
+@pytest.mark.parametrize("limit", [SWITCH, SWITCH + 3])
+def test_a_search_limit_that_emergence_meets_changes_nothing(limit: int, tmp_path: Path) -> None:
+    pruner = pruner_in(tmp_path, max_search_steps=limit, on_search_limit="raise")
     fit(Lit(), quick(), pruner, max_epochs=3)
     assert pruner.switched_at == SWITCH
 
