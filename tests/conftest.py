@@ -9,6 +9,3 @@ torch.set_num_threads(1)
 # No deadline: a slow or shared machine is no bug. Derandomized, so that a commit passes or fails the same everywhere.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
-
-# The networks are tiny: a second thread has nothing to do, and slows everything down where its core is taken.
-torch.set_num_threads(1)
