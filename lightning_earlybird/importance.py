@@ -39,16 +39,14 @@ def channel_scores(
 
     Raises:
         NonFiniteWeightsError: A parameter holds NaN or infinity; the message names it.
-        ValueError: The criterion is unknown.
+        ValueError: The criterion is unknown, or weights of the plan are missing.
     """
     if criterion == "random":
         return torch.rand(plan.num_channels, generator=generator)
     if criterion != "magnitude":
         raise ValueError(f"criterion={criterion!r} is unknown. Choose one of {', '.join(CRITERIA)}.")
     weighed = {name: tensors[name].detach() for name in plan.ids if name in tensors and tensors[name].dim() > 1}
-    device = next(iter(weighed.values())).device
-    total = torch.zeros(plan.num_channels + 1, device=device)  # the last entry collects slices without a channel
-    members = torch.zeros(plan.num_channels + 1)
+    sums, slots = [], []
     for name, weight in weighed.items():
         # One pass over the weight serves all of its dimensions: kernel positions are summed first.
         squares = weight.float().square()
@@ -56,16 +54,32 @@ def channel_scores(
         rest = [d for d in range(weight.dim()) if d not in dims]
         squares = squares.sum(rest, keepdim=True) if rest else squares
         for dim, ids in dims.items():
-            others = [d for d in range(weight.dim()) if d != dim]
-            slot = torch.where(ids < 0, plan.num_channels, ids)
-            total.index_add_(0, slot.to(device), squares.sum(others))
-            members.index_add_(0, slot, torch.ones(len(slot)))
-    scores = (total.cpu() / members.clamp_min(1))[:-1]
-    if not bool(torch.isfinite(scores).all()):
-        bad = [name for name, weight in weighed.items() if not bool(torch.isfinite(weight).all())]
-        named = ", ".join(repr(name) for name in bad[:3]) or "the sum of squares (weights too large for float32)"
-        raise NonFiniteWeightsError(
-            f"parameter {named} of the denoiser holds NaN or infinite values ({len(bad)} such parameters): no mask is "
-            "drawn from them. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
+            sums.append(squares.sum([d for d in range(weight.dim()) if d != dim]))
+            slots.append(ids)
+    # Added up on the CPU, in a fixed order: accelerators add where several slices share a channel in any order, and
+    # masks of different ranks could differ by the last bit of a score.
+    slot = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.long)
+    slot = torch.where(slot < 0, plan.num_channels, slot)  # the last entry collects slices without a channel
+    members = torch.bincount(slot, minlength=plan.num_channels + 1)
+    if not bool((members[:-1] > 0).all()):
+        missing = [name for name in plan.ids if name not in tensors]
+        raise ValueError(
+            f"tensors={list(tensors)[:3]}... lack weights of the plan, such as {missing[:3]}: some channels cannot be "
+            "scored. Pass the denoiser's named_parameters(), without a prefix."
         )
-    return scores
+    total = torch.zeros(plan.num_channels + 1).index_add_(0, slot, torch.cat(sums).cpu())
+    _check_finite(tensors, total)
+    return total[:-1] / members[:-1]
+
+
+def _check_finite(tensors: Mapping[str, Tensor], total: Tensor) -> None:
+    """Refuse NaN and infinity: in the sums of squares, or in parameters that are not summed (biases, norms)."""
+    unsummed = [tensor.detach().float().sum().reshape(1) for tensor in tensors.values() if tensor.dim() <= 1]
+    if bool(torch.isfinite(total).all()) and (not unsummed or bool(torch.isfinite(torch.cat(unsummed)).all())):
+        return
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    named = ", ".join(repr(name) for name in bad[:3]) or "the sum of squares (weights too large for float32)"
+    raise NonFiniteWeightsError(
+        f"parameter {named} of the denoiser holds NaN or infinite values ({len(bad)} such parameters): no mask is "
+        "drawn from them. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
+    )

@@ -56,3 +56,16 @@ def _sliced_tensors(module: nn.Module, handler: Any, names: Mapping[int, str]) -
     else:
         raise NotImplementedError(f"{type(module).__name__} has parameters that are not compared")
     return [(names[id(tensor)], dim) for tensor, dim in sliced if tensor is not None]
+
+
+def scores_of_torch_pruning(network: nn.Module, inputs: Sequence[Any], last: nn.Module) -> dict[Slice, float]:
+    """Its group magnitude importance (squared weights, mean over a group), by the slices of output channels."""
+    graph = torch_pruning.DependencyGraph().build_dependency(network, example_inputs=inputs)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean", normalizer=None)
+    scores: dict[Slice, float] = {}
+    for group in graph.get_all_groups(ignored_layers=[last]):
+        root = group[0].dep.target.module
+        for index, score in zip(group[0].idxs, importance(group).tolist(), strict=True):
+            scores[names[id(root.weight)], 0, index] = score
+    return scores
