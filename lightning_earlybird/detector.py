@@ -305,8 +305,7 @@ class EarlyBirdDetector(pl.Callback):
         # Seeded by the step, so that the random control agrees between ranks.
         generator = torch.Generator().manual_seed(trainer.global_step)
         scores = channel_scores(dict(network.named_parameters()), self.found.plan, self.criterion, generator)
-        round_to = self.round_to or self._served_round_to or 8
-        return {s: draw_mask(self.found.plan, scores, s, round_to=round_to) for s in self.windows}
+        return {s: draw_mask(self.found.plan, scores, s, round_to=self._rounding) for s in self.windows}
 
     def serve(self, *, denoiser: str | None, round_to: int) -> None:
         """Take the settings of the pruner that will use the masks.
@@ -335,6 +334,10 @@ class EarlyBirdDetector(pl.Callback):
         self.found = None
 
     @property
+    def _rounding(self) -> int:
+        return self.round_to or self._served_round_to or 8
+
+    @property
     def _denoiser(self) -> str | None:
         return self.denoiser or self._served_denoiser
 
@@ -357,7 +360,9 @@ class EarlyBirdDetector(pl.Callback):
             self.found = FoundDenoiser.trace(pl_module, call)
             check_supported(trainer, pl_module, call.name)
             if not self._search.started:
-                log_metrics(trainer, self._search.start(self.draw(trainer, pl_module), trainer.global_step))
+                masks = self.draw(trainer, pl_module)
+                self._warn_of_whole_masks(masks)
+                log_metrics(trainer, self._search.start(masks, trainer.global_step))
         elif self.found.call.name != call.name:
             raise MisconfigurationException(
                 f"denoiser=None: {self.found.call.name!r} was called with samples and one value each before the first "
@@ -391,6 +396,14 @@ class EarlyBirdDetector(pl.Callback):
                 f"{ticket_table(ensemble.record.facts)}"
             )
             log_ticket_table(trainer, "earlybird/tickets", ensemble.record.facts)
+
+    def _warn_of_whole_masks(self, masks: dict[float, TicketMask]) -> None:
+        for sparsity, mask in masks.items():
+            if mask.sparsity == 0:
+                rank_zero_warn(
+                    f"sparsity={sparsity:g} removes no channel: rounded to multiples of {self._rounding}, every width "
+                    "of this denoiser stays as it is. Use a smaller round_to, or a wider denoiser."
+                )
 
     def _warn_of_inertia(self, trainer: pl.Trainer) -> None:
         share = initial_share(trainer)

@@ -24,7 +24,7 @@ def channel_scores(
 ) -> Tensor:
     """Score every channel on the intact network.
 
-    ``"magnitude"`` is the group norm of Early-Bird Diffusion (section 3, after L1/L2 filter pruning): the mean over
+    ``"magnitude"`` is the group magnitude that Early-Bird Diffusion prunes by (arXiv 2504.09606): the mean over
     everything that hangs on a channel (its filter, the slices of its consumers, whatever is coupled to it) of the sum
     of squared weights. Only the ranking within a group is used. ``"random"`` is the control.
 

@@ -100,6 +100,19 @@ class TimestepAwarePruner(pl.Callback):
         check_choice("on_search_limit", on_search_limit, ("prune", "raise"))
         check_choice("rewind", rewind, (None, "init"))
         check_choice("target", target, ("channels",))
+        # Exactly one of the two: regions to search tickets for, or the tickets themselves.
+        self._saved: Path | None = None
+        self._partition: TimestepPartition | None = None
+        if not isinstance(regions, str | os.PathLike):
+            self._partition = TimestepPartition.of(regions, overlap)
+        else:
+            self._saved = Path(regions)
+            for name, value in (("overlap", overlap), ("max_search_steps", max_search_steps), ("rewind", rewind)):
+                if value:
+                    raise ValueError(
+                        f"{name}={value!r} has no effect on the tickets saved in regions={str(regions)!r}, which bring "
+                        "their regions, overlap and weights. Leave it at its default."
+                    )
         self.regions = regions
         self.denoiser = denoiser
         self.overlap = overlap
@@ -110,9 +123,6 @@ class TimestepAwarePruner(pl.Callback):
         self.target = target
         self.dirpath = dirpath
 
-        # Exactly one of the two: regions to search tickets for, or the tickets themselves.
-        self._saved = Path(regions) if isinstance(regions, str | os.PathLike) else None
-        self._partition = TimestepPartition.of(regions, overlap) if not isinstance(regions, str | os.PathLike) else None
         self.detector: EarlyBirdDetector | None = None
         self.facts: tuple[TicketFacts, ...] = ()
         self.switched_at: int | None = None
@@ -181,12 +191,13 @@ class TimestepAwarePruner(pl.Callback):
     ) -> None:
         self._look_at_first_step(pl_module)
         log_metrics(trainer, self._loss.add(outputs))
-        limit = self.max_search_steps
-        self._consider_switch(trainer, pl_module, at_limit=limit is not None and trainer.global_step >= limit)
+        # An epoch's last batch is left to the end of the epoch, where the check of that very step may find the tickets.
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._consider_switch(trainer, pl_module, at_limit=self._has_reached_limit(trainer) and not last)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._consider_switch(trainer, pl_module, at_limit=False)
+        self._consider_switch(trainer, pl_module, at_limit=self._has_reached_limit(trainer))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,6 +253,9 @@ class TimestepAwarePruner(pl.Callback):
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         if not covering:
             self.detector.setup(trainer, pl_module, "fit")
+
+    def _has_reached_limit(self, trainer: pl.Trainer) -> bool:
+        return self.max_search_steps is not None and trainer.global_step >= self.max_search_steps
 
     def _consider_switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, at_limit: bool) -> None:
         detector, partition = self.detector, self._partition
@@ -307,6 +321,11 @@ class TimestepAwarePruner(pl.Callback):
             regions = self._partition.to_json()["regions"]
             raise MisconfigurationException(f"regions={regions}: in the first batch, {error}") from error
         if self.rewind == "init" and self._initial is None:
+            if pl_module.global_step > 0:
+                rank_zero_warn(
+                    f"rewind='init': the checkpoint does not hold the initial weights; those of step "
+                    f"{pl_module.global_step} are taken for them. Use the pruner from the start of the training."
+                )
             network = unwrap(pl_module.get_submodule(found.call.name))
             self._initial = {key: value.detach().to("cpu", copy=True) for key, value in network.state_dict().items()}
 

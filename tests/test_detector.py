@@ -66,7 +66,7 @@ def still(detector: EarlyBirdDetector, order: Any = None, **settings: Any) -> pl
     ],
 )
 def test_checks_happen_at_these_steps_and_at_no_other(settings, trainer, expected) -> None:
-    detector = EarlyBirdDetector([0.5], **settings)
+    detector = EarlyBirdDetector([0.5], round_to=2, **settings)
     fit(Lit(Mlp), detector, max_epochs=5, **trainer)
     assert steps_of(detector) == expected
 
@@ -121,6 +121,12 @@ def test_kept_widths_are_multiples_of_eight_where_nothing_else_is_said() -> None
 
 
 # --- the paper's rule -------------------------------------------------------------------------------------------------
+
+
+def test_rounding_that_leaves_every_width_whole_is_said_before_training() -> None:
+    message = "sparsity=0.5 removes no channel: rounded to multiples of 8, every width of this denoiser stays as it is"
+    with pytest.warns(UserWarning, match=message):
+        fit(Lit(Mlp), EarlyBirdDetector([0.5]), max_epochs=1)
 
 
 @pytest.mark.parametrize("window", [2, 3, 5])
@@ -357,12 +363,12 @@ def test_every_check_is_logged_with_its_distances_and_the_null_line_once(tmp_pat
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_refused_by_name_at_the_check(value: float) -> None:
     def spoil(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.global_step == 3:
+        if trainer.global_step == 4:
             with torch.no_grad():
                 module.model.hidden.weight[1, 2, 0, 0] = value
 
     detector = detector_for(every_n_train_steps=2)
-    with pytest.raises(NonFiniteWeightsError, match=r"parameter '.*hidden.weight' of the denoiser holds NaN or inf"):
+    with pytest.raises(NonFiniteWeightsError, match=r"parameter 'hidden.weight' of the denoiser holds NaN or inf"):
         fit(Lit(configure=frozen_sgd), OnStep(spoil), detector, max_epochs=3)
     assert steps_of(detector) == [2]  # no mask was taken from them
 
@@ -473,7 +479,7 @@ def test_the_denoiser_is_traced_once_in_a_fit_whatever_the_number_of_checks(monk
         return trace(*args)
 
     monkeypatch.setattr(lightning_earlybird.conversion, "trace_plan", counting)
-    detector = EarlyBirdDetector([0.5, 0.25], every_n_train_steps=1)
+    detector = EarlyBirdDetector([0.5, 0.25], every_n_train_steps=1, round_to=2)
     fit(Tutorial(), detector, max_epochs=3, batches=2)
     assert steps_of(detector) == [1, 2, 3, 4, 5, 6]
     assert len(calls) == 1

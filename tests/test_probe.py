@@ -352,7 +352,7 @@ def test_a_denoiser_that_is_built_in_configure_model_can_be_named() -> None:
         def loss(self, samples: Tensor) -> Tensor:
             return self.net(samples, torch.randint(1000, (len(samples),))).square().mean()
 
-    detector = EarlyBirdDetector([0.5], denoiser="net")
+    detector = EarlyBirdDetector([0.5], denoiser="net", round_to=2)
     fit(Late(), detector, max_epochs=1)
     assert detector.found is not None and detector.found.call.name == "net"
     with pytest.raises(MisconfigurationException, match="denoiser='unet' is not a sub-module of Late"):
@@ -416,8 +416,8 @@ def test_a_denoiser_that_is_called_after_another_network_has_learned_is_found_be
 def test_another_network_with_timesteps_that_learns_first_is_refused_after_the_first_step() -> None:
     message = "denoiser=None: 2 sub-modules were called.*'critic' .*'model' "
     with pytest.raises(MisconfigurationException, match=message):
-        fit(CriticFirst(TimedCritic), EarlyBirdDetector([0.5]), max_epochs=1)
-    detector = EarlyBirdDetector([0.5], denoiser="model")
+        fit(CriticFirst(TimedCritic), EarlyBirdDetector([0.5], round_to=2), max_epochs=1)
+    detector = EarlyBirdDetector([0.5], denoiser="model", round_to=2)
     fit(CriticFirst(TimedCritic), detector, max_epochs=1)
     assert detector.found is not None and detector.found.call.name == "model"
 
@@ -425,7 +425,7 @@ def test_another_network_with_timesteps_that_learns_first_is_refused_after_the_f
 def test_a_network_with_labels_that_learns_first_is_not_taken_for_the_denoiser() -> None:
     message = "denoiser=None: 'critic' was called .* before the first backward pass, 'model' .*denoiser='model'"
     with pytest.raises(MisconfigurationException, match=message):
-        fit(CriticFirst(LabelCritic), EarlyBirdDetector([0.5]), max_epochs=1)
+        fit(CriticFirst(LabelCritic), EarlyBirdDetector([0.5], round_to=2), max_epochs=1)
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def compiled_in_place(module: Lit) -> None:
 @pytest.mark.parametrize("compiled", [compiled_wrapper, compiled_in_place])
 def test_a_compiled_denoiser_is_found_and_goes_on_compiled(compiled: Callable[[Lit], None]) -> None:
     torch._dynamo.reset()
-    module, detector = Lit(), EarlyBirdDetector([0.5])
+    module, detector = Lit(), EarlyBirdDetector([0.5], round_to=2)
     compiled(module)
     seen: list[tuple[int, str]] = []
 
@@ -468,7 +468,7 @@ def test_probes_that_overlap_leave_no_stance() -> None:
     assert stance() == "force_eager"
     second.stop()
     assert stance() == "default"
-    fit(Lit(Mlp), EarlyBirdDetector([0.5]), EarlyBirdDetector([0.25]), max_epochs=1)
+    fit(Lit(Mlp), EarlyBirdDetector([0.5], round_to=2), EarlyBirdDetector([0.25], round_to=2), max_epochs=1)
     assert stance() == "default"
 
 
@@ -482,7 +482,7 @@ def test_an_exception_in_the_first_step_leaves_no_hook_and_no_stance(compiled: C
     module = Failing()
     compiled(module)
     with pytest.raises(ZeroDivisionError, match="the user's own"):
-        fit(module, EarlyBirdDetector([0.5]), max_epochs=1)
+        fit(module, EarlyBirdDetector([0.5], round_to=2), max_epochs=1)
     assert hooks_of(module) == 0 and stance() == "default"
 
 
@@ -491,7 +491,7 @@ def test_a_first_batch_that_is_skipped_leaves_no_hook() -> None:
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if self.trainer.current_epoch == 0 else None
 
-    module, detector = Skipping(Mlp), EarlyBirdDetector([0.5])
+    module, detector = Skipping(Mlp), EarlyBirdDetector([0.5], round_to=2)
     fit(module, detector, max_epochs=2)
     assert detector.found is not None and len(module.losses) == 4
     assert hooks_of(module) == 0 and stance() == "default"
@@ -503,7 +503,7 @@ def test_a_step_without_a_loss_still_shows_the_denoiser() -> None:
             super().training_step(batch, batch_idx)
             return None
 
-    module, detector = Lossless(Mlp), EarlyBirdDetector([0.5])
+    module, detector = Lossless(Mlp), EarlyBirdDetector([0.5], round_to=2)
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
         fit(module, detector, max_epochs=1)
     assert detector.found is not None and hooks_of(module) == 0

@@ -228,6 +228,14 @@ def test_a_search_limit_that_emergence_meets_changes_nothing(limit: int, tmp_pat
     assert pruner.switched_at == SWITCH
 
 
+def test_a_search_limit_on_an_epochs_last_step_lets_that_epochs_check_speak_first(tmp_path: Path) -> None:
+    # Four steps an epoch; with a FIFO of two, the masks of steps 4 and 8 decide, and 8 is the limit.
+    pruner = pruner_in(tmp_path, max_search_steps=8, on_search_limit="raise")
+    detector = EarlyBirdDetector([0.25, 0.5], window=2, threshold=1.0)
+    fit(Lit(), detector, pruner, max_epochs=3)
+    assert pruner.switched_at == 8 and detector.emerged == {0.25: 8, 0.5: 8}
+
+
 def test_a_fit_that_ends_during_the_search_says_how_far_it_came(tmp_path: Path) -> None:
     pruner = pruner_in(tmp_path)
     message = (
@@ -815,6 +823,13 @@ def test_training_after_the_switch_validates_and_tests_with_the_tickets(tmp_path
 def test_arguments_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TimestepAwarePruner(**({"regions": REGIONS} | settings))
+
+
+@pytest.mark.parametrize("setting", [{"overlap": 20}, {"max_search_steps": 5}, {"rewind": "init"}])
+def test_saved_tickets_refuse_settings_that_would_do_nothing(setting: dict[str, Any]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} has no effect on the tickets saved in regions='tickets'"):
+        TimestepAwarePruner("tickets", **setting)
 
 
 class ShardedFSDPStrategy(SingleDeviceStrategy):
