@@ -117,7 +117,7 @@ def _query_scales(tracer: ChannelTracer) -> tuple[QueryScale, ...]:
     starts = torch.stack([labels[0] for labels in tracer.dimensions.values()])  # labels are handed out in this order
     scales: dict[Place, QueryScale] = {}
     for matrix in tracer.queries:
-        origins = torch.unique(torch.searchsorted(starts, matrix, right=True) - 1).tolist()
+        origins = torch.unique(torch.searchsorted(starts, matrix.contiguous(), right=True) - 1).tolist()
         if len(origins) > 1 or origins[0] < 0:
             continue  # not one projection's
         name, dim = places[origins[0]]

@@ -110,9 +110,13 @@ class ChannelTracer(TorchDispatchMode):
     def record_query(self, query: Tensor) -> None:
         """An attention that will divide by the square root of its query's width, (..., heads, N, width)."""
         last = query.dim() - 1
-        heads = (last - 2,) if query.dim() > 3 else ()
-        for axis in self.along(query, keep=(*heads, last), must=last):
-            self.queries.append(axis.reshape(-1, axis.shape[last]))
+        heads = [last - 2] if query.dim() > 3 else []
+        for axis in self.axes(query):
+            if last in varying(axis):
+                # Several layers may have made queries for different positions.
+                rest = [dim for dim in range(query.dim()) if dim not in (*heads, last)]
+                rows = axis.shape[heads[0]] if heads else 1
+                self.queries += axis.permute(*rest, *heads, last).reshape(-1, rows, axis.shape[last]).unique(dim=0)
 
     def record_input(self, name: str, dim: int, value: Any) -> None:
         """The channels that a module with a width attribute receives."""

@@ -248,6 +248,28 @@ def test_channels_that_turn_into_positions_are_frozen() -> None:
         trace_plan(network, (IMAGE,))
 
 
+def test_queries_that_several_layers_make_are_all_rescaled() -> None:
+    def function(net: Any, x: Tensor) -> Tensor:
+        q, k, v = (torch.cat([net.image(x), net.text(x)], dim=1).chunk(3, dim=-1)[i] for i in range(3))
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (q, k, v))
+        return net.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    network = Network(function, image=nn.Linear(6, 48), text=nn.Linear(6, 48), out=nn.Linear(16, 6))
+
+    assert widths(network, TOKENS) == [(2, 8)]
+
+
+def test_learned_positions_pass_through_attention() -> None:
+    def function(net: Any, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in net.qkv(net.a(x) + net.p).chunk(3, dim=-1))
+        return net.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    layers = {"a": nn.Linear(6, 8), "qkv": nn.Linear(8, 48), "out": nn.Linear(16, 6)}
+    network = Network(function, **layers, p=nn.Parameter(torch.randn(1, 5, 8)))
+
+    assert widths(network, TOKENS) == [8, (2, 8)]
+
+
 def test_channels_that_end_in_an_attention_mask_are_frozen() -> None:
     def function(net: Any, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in net.qkv(x).chunk(3, dim=-1))

@@ -69,9 +69,11 @@ def attention(tracer: "ChannelTracer", op: Operation) -> None:
     keep = (0, 1, 3)
     sides = [tracer.along(tensor, keep=keep, must=3) for tensor in (query, key, value)]
     same_heads = query.shape[1] == key.shape[1] == value.shape[1]
-    is_plain = all(len(tracer.axes(tensor)) == len(side) == 1 for tensor, side in zip(op.args, sides, strict=False))
-    bias = [axis for tensor in op.tensors()[3:] for axis in tracer.axes(tensor)]
-    if is_plain and same_heads and query.shape[3] == value.shape[3] and not bias:
+    for tensor in (query, key, value):
+        tracer.freeze_others(tensor, (3,), "attention across channels")
+    for mask in op.tensors()[3:]:
+        tracer.freeze_others(mask, (), "in an attention mask")
+    if all(len(side) == 1 for side in sides) and same_heads and query.shape[3] == value.shape[3]:
         tracer.couplings.tie(sides[0][0], sides[1][0], "attention")
         tracer.couplings.tie(sides[0][0], sides[2][0], "attention")
         tracer.put(result, [sides[2][0]])

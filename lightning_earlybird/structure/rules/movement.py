@@ -28,7 +28,7 @@ def reshape(tracer: "ChannelTracer", op: Operation) -> None:
     moved = []
     for axis in tracer.axes(source):
         new = reshape_axis(axis, source.shape, result.shape)
-        if len(varying(axis)) == 1 and len(varying(new)) > 1:
+        if 0 < len(varying(axis)) < len(varying(new)):
             tracer.record_rows(new.reshape(-1, new.shape[varying(new)[-1]]))
         moved.append(new)
     tracer.put(result, moved)
