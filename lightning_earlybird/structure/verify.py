@@ -3,7 +3,7 @@
 The dense network computes it with the same channels set to zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,7 +57,7 @@ def verify_plan(
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Groups that fail are
-    tried one by one and frozen.
+    searched for by halves, and frozen.
 
     Args:
         model: The dense denoiser.
@@ -77,22 +77,20 @@ def verify_plan(
     generator = torch.Generator().manual_seed(seed)
     with full_precision():
         trial = _Trial(model, args, kwargs or {}, tolerance, generator)
-        error, problem = trial.run(plan, plan.groups)
+        masks = complementary_masks(plan, plan.groups, generator)
+        error, problem = trial.run(plan, masks)
         if problem is None:
             return Verification(plan, error, {})
-
-        failed: dict[str, str] = {}
-        for group in plan.groups:
-            _, alone = trial.run(plan, [group])
-            if alone is not None:
-                failed[group.name] = alone
+        failed = trial.failing(plan, plan.groups)
         if len(failed) == len(plan.groups):
             raise StructureError(
                 f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
                 f"First: {next(iter(failed.values()))}"
             )
         reduced = freeze_groups(plan, failed)
-        error, together = trial.run(reduced, reduced.groups)
+        # The same masks again: what failed at first must have been these groups.
+        rest = [TicketMask({n: kept for n, kept in mask.kept.items() if n not in failed}) for mask in masks]
+        error, together = trial.run(reduced, rest)
         if together is not None:
             raise StructureError(
                 f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass "
@@ -125,15 +123,25 @@ class _Trial:
             self.tolerance = max(tolerance, 1e-2)  # convolutions there may round to ten bits (TF32)
         self.keeps_modes = self._runs_in_its_modes()
 
-    def run(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
-        """Prune ``groups`` at random; relative error and what is wrong, None if nothing is."""
+    def run(self, plan: ChannelPlan, masks: Iterable[TicketMask]) -> tuple[float, str | None]:
+        """Extract along each mask; relative error and what is wrong, None if nothing is."""
         worst = 0.0
-        for mask in complementary_masks(plan, groups, self.generator):
+        for mask in masks:
             error, problem = self._compare(plan, mask)
             worst = max(worst, error)
             if problem is not None:
                 return worst, problem
         return worst, None
+
+    def failing(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+        """Which of ``groups`` fail, and why: by halves, since most of many groups are right."""
+        _, problem = self.run(plan, complementary_masks(plan, groups, self.generator))
+        if problem is None:
+            return {}
+        if len(groups) == 1:
+            return {groups[0].name: problem}
+        middle = len(groups) // 2
+        return self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
 
     def _prepare(self, model: nn.Module, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.device = device

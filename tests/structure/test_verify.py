@@ -178,6 +178,27 @@ def test_groups_that_fail_only_together_are_an_error() -> None:
         verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,))
 
 
+@pytest.mark.parametrize("width", range(2, 7))
+def test_a_failure_that_the_search_does_not_meet_again_is_not_forgotten(width: int) -> None:
+    raised = []
+
+    def check(net: TwoLayers, h: Tensor) -> Tensor:
+        if net.a.out_channels == width:
+            raised.append(width)
+            raise ValueError("any width but this")
+        return h
+
+    network = TwoLayers(check)
+    plan = trace_plan(network, (IMAGE,))
+
+    try:
+        failed = verify_plan(network, plan, (IMAGE,)).failed
+    except StructureError as error:
+        assert "pass verification alone but not together (ValueError: any width but this)" in str(error)
+    else:
+        assert ("a" in failed) == bool(raised)
+
+
 def test_a_branch_that_only_training_takes_must_fit_as_well() -> None:
     def auxiliary(net: Any, h: Tensor) -> Tensor:
         if net.training:
