@@ -66,7 +66,7 @@ def verify_plan(
         kwargs: Keyword arguments of that call.
         seed: Seed of the random weights and ratios.
         tolerance: Largest relative difference that counts as equal. On U-Nets of 20 to 230 convolutions rounding made
-            2e-6 at most, a single dimension in the wrong order at least 5e-3.
+            3e-6 at most, a single dimension in the wrong order at least 5e-3.
 
     Returns:
         The verified plan, the error, and the groups that failed.
