@@ -1,5 +1,6 @@
 """Small denoisers for the tests: each takes noisy samples and timesteps, and is traced and pruned in no time."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.structure import ChannelPlan
+from lightning_earlybird.structure import ChannelPlan, trace_plan
 
 
 def tiny_unet(**overrides: Any) -> UNet2DModel:
@@ -111,6 +112,19 @@ class PlainUNet(nn.Module):
         return self.conv_out(nn.functional.silu(self.norm_out(h)))
 
 
+class Positions(nn.Module):
+    """Adds position embeddings that its constructor computes and that are not saved, (B, 5, 6) -> (B, 5, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.register_buffer("positions", torch.arange(40.0).view(1, 5, 8), persistent=False)
+        self.register_buffer("unrelated", torch.arange(8.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) + self.positions)
+
+
 @dataclass
 class Denoiser:
     """A network with one call of it."""
@@ -148,6 +162,13 @@ def denoiser(name: str, seed: int = 0) -> Denoiser:
         found = DENOISERS[name]()
     found.network.eval()
     return found
+
+
+@functools.cache
+def traced(name: str) -> tuple[Denoiser, ChannelPlan]:
+    """One of ``DENOISERS`` with its plan; shared between tests, which must not change it."""
+    found = denoiser(name)
+    return found, trace_plan(found.network, found.args, found.kwargs)
 
 
 def random_mask(plan: ChannelPlan, seed: int) -> TicketMask:

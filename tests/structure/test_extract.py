@@ -5,16 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import DENOISERS, Denoiser, denoiser, random_mask
+from models import DENOISERS, Positions, random_mask, traced
 from torch import Tensor, nn
 
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure import ChannelPlan, TicketSlicer, attribute_edits, extract, trace_plan
-
-CASES: dict[str, tuple[Denoiser, ChannelPlan]] = {}
-for _name in DENOISERS:
-    _given = denoiser(_name)
-    CASES[_name] = (_given, trace_plan(_given.network, _given.args, _given.kwargs))
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -49,7 +44,7 @@ def with_zeros(network: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Mo
 @pytest.mark.parametrize("name", DENOISERS)
 @pytest.mark.usefixtures("channel_local_norms")
 def test_a_ticket_computes_what_the_dense_network_does_with_the_removed_channels_at_zero(name: str, seed: int) -> None:
-    dense, plan = CASES[name]
+    dense, plan = traced(name)
     mask = random_mask(plan, seed)
 
     with torch.no_grad():
@@ -60,7 +55,7 @@ def test_a_ticket_computes_what_the_dense_network_does_with_the_removed_channels
 
 
 def test_a_ticket_that_keeps_everything_is_the_dense_network() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     ticket = extract(dense.network, plan, plan.full_mask())
 
     assert attribute_edits(dense.network, ticket) == {}
@@ -69,7 +64,7 @@ def test_a_ticket_that_keeps_everything_is_the_dense_network() -> None:
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_a_ticket_has_the_shapes_that_its_mask_says_and_trains(name: str) -> None:
-    dense, plan = CASES[name]
+    dense, plan = traced(name)
     mask = random_mask(plan, 1)
     ticket = extract(dense.network, plan, mask)
     keep = plan.keep_indices(mask)
@@ -85,7 +80,7 @@ def test_a_ticket_has_the_shapes_that_its_mask_says_and_trains(name: str) -> Non
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_attributes_say_the_same_as_the_tensors(name: str) -> None:
-    dense, plan = CASES[name]
+    dense, plan = traced(name)
     ticket = extract(dense.network, plan, random_mask(plan, 2))
 
     for module in ticket.modules():
@@ -116,7 +111,7 @@ def test_norm_groups_are_the_largest_divisor_not_above_the_original() -> None:
 
 
 def test_the_dense_network_is_bitwise_unchanged_and_shares_no_storage() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     before = {name: tensor.clone() for name, tensor in tensors(dense.network).items()}
     attributes = {name: dict(vars(module)) for name, module in dense.network.named_modules()}
     # Everything kept is the hardest case: nothing forces a copy.
@@ -135,7 +130,7 @@ def test_the_dense_network_is_bitwise_unchanged_and_shares_no_storage() -> None:
 
 
 def test_modes_gradients_and_trainability_carry_over_module_by_module() -> None:
-    dense, plan = CASES["hand-written"]
+    dense, plan = traced("hand-written")
     network = copy.deepcopy(dense.network).train()
     network.down1.eval()
     network.time1.requires_grad_(False)
@@ -155,14 +150,14 @@ def test_modes_gradients_and_trainability_carry_over_module_by_module() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_dtype_carries_over(dtype: torch.dtype) -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     ticket = extract(copy.deepcopy(dense.network).to(dtype), plan, random_mask(plan, 5))
 
     assert {tensor.dtype for tensor in tensors(ticket).values()} == {dtype}
 
 
 def test_the_device_carries_over() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     # The meta device stands for any other: it has shapes and a name, but no memory.
     ticket = extract(copy.deepcopy(dense.network).to("meta"), plan, random_mask(plan, 5))
 
@@ -213,7 +208,7 @@ def test_a_module_used_in_two_places_is_one_module_in_the_ticket() -> None:
 
 
 def test_queries_are_rescaled_so_that_narrower_heads_score_as_before() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     group = next(group for group in plan.groups if group.name == "mid_block.attentions.0.to_q")
     first_half = (torch.arange(8) < 2).repeat(4)  # 2 of 8 channels in each of 4 heads
     ticket = extract(dense.network, plan, TicketMask({**plan.full_mask().kept, group.name: first_half}))
@@ -230,7 +225,7 @@ def test_queries_are_rescaled_so_that_narrower_heads_score_as_before() -> None:
 
 
 def test_the_factor_of_half_precision_queries_is_not_rounded_first() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     name = "mid_block.attentions.0.to_q"
     mask = TicketMask({**plan.full_mask().kept, name: (torch.arange(8) < 3).repeat(4)})
     weight = dense.network.get_parameter(f"{name}.weight").detach().bfloat16()
@@ -242,7 +237,7 @@ def test_the_factor_of_half_precision_queries_is_not_rounded_first() -> None:
 
 
 def test_slicing_takes_gradients_and_moments_along_without_rescaling() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     mask = random_mask(plan, 6)
     slicer = TicketSlicer(plan, mask)
     ticket = extract(dense.network, plan, mask)
@@ -268,19 +263,6 @@ def test_buffers_follow_their_channels() -> None:
     assert ticket[1].running_mean.tolist() == [1, 3, 5, 7]
     assert ticket[1].num_features == 4
     assert ticket[1].num_batches_tracked is not network[1].num_batches_tracked
-
-
-class Positions(nn.Module):
-    """Adds position embeddings that its constructor computes and that are not saved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
-        self.register_buffer("positions", torch.arange(40.0).view(1, 5, 8), persistent=False)
-        self.register_buffer("unrelated", torch.arange(8.0), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x) + self.positions)
 
 
 def test_a_buffer_outside_of_the_state_dict_comes_into_it_once_it_is_cut() -> None:
@@ -316,7 +298,7 @@ def test_a_foreign_class_of_a_known_name_keeps_the_attributes_that_it_has() -> N
 
 
 def test_a_mask_of_another_plan_is_refused() -> None:
-    dense, plan = CASES["hand-written"]
+    dense, plan = traced("hand-written")
     kept = dict(plan.full_mask().kept)
 
     with pytest.raises(ValueError, match=r"mask does not belong to this plan: groups \['elsewhere'\] are in one"):
@@ -328,7 +310,7 @@ def test_a_mask_of_another_plan_is_refused() -> None:
 
 
 def test_heads_that_keep_different_numbers_are_refused() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     name = "mid_block.attentions.0.to_q"
     kept = {**plan.full_mask().kept, name: torch.arange(32) != 3}
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DENOISERS, PlainUNet, denoiser, random_mask, tiny_unet
-from test_extract import CASES, Positions
+from models import DENOISERS, PlainUNet, Positions, denoiser, random_mask, tiny_unet, traced
 from torch import nn
 
 from lightning_earlybird.masks import TicketMask
@@ -21,7 +20,7 @@ def shapes(network: nn.Module) -> Shapes:
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_a_resized_network_with_the_tickets_weights_is_the_ticket(name: str) -> None:
-    dense, plan = CASES[name]
+    dense, plan = traced(name)
     ticket = extract(dense.network, plan, random_mask(plan, 7))
     edits = attribute_edits(dense.network, ticket)
     fresh = denoiser(name, seed=1).network
@@ -35,7 +34,7 @@ def test_a_resized_network_with_the_tickets_weights_is_the_ticket(name: str) -> 
 
 
 def test_edits_are_plain_json() -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     edits = attribute_edits(dense.network, extract(dense.network, plan, random_mask(plan, 7)))
 
     values = [value for module in edits.values() for value in module.values()]
@@ -93,7 +92,7 @@ def test_a_cut_buffer_comes_back_although_the_network_does_not_save_it() -> None
 
 
 def test_trainability_dtype_and_modes_of_the_dense_network_remain() -> None:
-    dense, plan = CASES["hand-written"]
+    dense, plan = traced("hand-written")
     ticket = extract(dense.network, plan, random_mask(plan, 8))
     network = PlainUNet().double().train()
     network.conv_in.requires_grad_(False)
@@ -107,7 +106,7 @@ def test_trainability_dtype_and_modes_of_the_dense_network_remain() -> None:
 
 
 def _refused(change: Callable[[Shapes, Edits], None]) -> None:
-    dense, plan = CASES["attention_head_dim=8"]
+    dense, plan = traced("attention_head_dim=8")
     mask = TicketMask({group.name: (torch.arange(group.size) % 4 != 3) for group in plan.groups})
     ticket = extract(dense.network, plan, mask)
     given, edits = shapes(ticket), copy.deepcopy(attribute_edits(dense.network, ticket))
