@@ -103,23 +103,29 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
         ) from error
 
 
-def restore_on_load(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], None]:
-    """Have the module restore the tickets' structure whenever it loads a checkpoint, before its weights are loaded.
+def follow_checkpoints(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], None]:
+    """Have the module's checkpoints carry the structure of its tickets, and restore it before weights are loaded.
 
-    Lightning loads weights strictly before any callback sees the checkpoint, so the module's own hook is the one place.
-    Returns a function that undoes it.
+    Both go through the module's own hooks: Lightning loads weights strictly before any callback sees the checkpoint,
+    and asks no callback at all where only weights are saved. Returns a function that undoes it.
     """
-    own = module.on_load_checkpoint
+    own_load, own_save = module.on_load_checkpoint, module.on_save_checkpoint
 
-    # A closure and not a bound method: WeightAveraging deep-copies the module, and must not clone callbacks with it.
+    # Closures and not bound methods: WeightAveraging deep-copies the module, and must not clone callbacks with it.
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         restore_structure(trainer, module, checkpoint)
-        own(checkpoint)
+        own_load(checkpoint)
 
-    module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        save_structure(module, checkpoint)
+        own_save(checkpoint)
+
+    hooks = {"on_load_checkpoint": on_load_checkpoint, "on_save_checkpoint": on_save_checkpoint}
+    module.__dict__.update(hooks)
 
     def undo() -> None:
-        if module.__dict__.get("on_load_checkpoint") is on_load_checkpoint:
-            del module.__dict__["on_load_checkpoint"]
+        for name, hook in hooks.items():
+            if module.__dict__.get(name) is hook:
+                del module.__dict__[name]
 
     return undo

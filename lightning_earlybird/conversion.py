@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_earlybird.ensemble import TicketEnsemble
@@ -28,7 +28,7 @@ from lightning_earlybird.structure import (
     verify_plan,
 )
 from lightning_earlybird.tickets import EnsembleRecord, TicketFacts, describe_denoiser
-from lightning_earlybird.transition import averaged_modules, replace_denoiser
+from lightning_earlybird.transition import averaged_modules, forget_scores, replace_denoiser
 from lightning_earlybird.transition.optimizers import family
 from lightning_earlybird.transition.rehearsal import bare
 from lightning_earlybird.transition.slots import unwrap
@@ -68,11 +68,18 @@ class FoundDenoiser:
                 f"denoiser={call.name!r}: the channels of {name!r} stay whole, as pruning them failed verification "
                 f"({problem})."
             )
-        for entry in verified.plan.frozen:
+        plan = verified.plan
+        for entry in plan.frozen:
             rank_zero_debug(
                 f"denoiser={call.name!r}: {entry.size} channels of {entry.name!r} are never pruned: {entry.reason}."
             )
-        return cls(call, verified.plan, macs)
+        unknown = f"; no rule for {', '.join(plan.unknown_operations)}" if plan.unknown_operations else ""
+        rank_zero_info(
+            f"Early-bird tickets: the denoiser is {call.name!r} ({type(network).__name__}, "
+            f"{count_parameters(network):,} parameters, {macs:,} MACs a sample). {plan.num_channels:,} channels in "
+            f"{len(plan.groups)} groups can be pruned, {sum(entry.size for entry in plan.frozen):,} stay{unknown}."
+        )
+        return cls(call, plan, macs)
 
 
 def convert(
@@ -123,6 +130,7 @@ def convert(
     edits = tuple(attribute_edits(dense, extract(dense, plan, mask)) for mask in masks)
     ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
     assert isinstance(ensemble, TicketEnsemble)
+    forget_scores(trainer)
     facts = []
     for region, mask, ticket in zip(partition, masks, ensemble.tickets, strict=True):
         with torch.compiler.set_stance("force_eager"):

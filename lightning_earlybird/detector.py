@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
 from lightning_earlybird.budget import draw_mask
-from lightning_earlybird.checkpointing import restore_on_load, save_structure
+from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.importance import CRITERIA, Criterion, channel_scores
@@ -93,6 +93,9 @@ class EarlyBirdDetector(pl.Callback):
     ) -> None:
         super().__init__()
         check_positive(every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps, round_to=round_to)
+        check_positive(window=window)
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+            raise ValueError(f"threshold={threshold!r} must be a number in [0, 1]: it is a mask distance.")
         check_choice("criterion", criterion, CRITERIA)
         check_choice("weights", weights, ("auto", "raw", "ema"))
         check_choice("on_emergence", on_emergence, ("continue", "stop", "prune"))
@@ -120,7 +123,7 @@ class EarlyBirdDetector(pl.Callback):
         self._served_denoiser: str | None = None
         self._served_round_to: int | None = None
         self._warned_of_inertia = False
-        self._undo_restore: Callable[[], None] | None = None
+        self._unfollow: Callable[[], None] | None = None
 
     # --- outcomes
 
@@ -170,8 +173,8 @@ class EarlyBirdDetector(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.on_emergence == "prune":
-            self._forget_restore()
-            self._undo_restore = restore_on_load(trainer, pl_module)
+            self._leave_checkpoints()
+            self._unfollow = follow_checkpoints(trainer, pl_module)
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
@@ -207,6 +210,9 @@ class EarlyBirdDetector(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self.on_emergence == "prune" and self._search.done and self.found is not None:
+            # Not in the hook of the check: validation and checkpoints of that step hold the dense denoiser's scores.
+            self._prune(trainer, pl_module, self.found)
         if self.found is None and not self._finished:
             self._stop_probe()  # that of a batch that was skipped
             self._probe = DenoiserProbe(pl_module, self._denoiser)
@@ -246,17 +252,17 @@ class EarlyBirdDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.on_emergence == "prune":
-            save_structure(pl_module, checkpoint)
+            save_structure(pl_module, checkpoint)  # after the fit, the module's own hook is no longer followed
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop_probe()  # Lightning does not tear down after an exception
-        self._forget_restore()
+        self._leave_checkpoints()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop_probe()
-        self._forget_restore()
+        self._leave_checkpoints()
 
     # --- the search
 
@@ -283,13 +289,11 @@ class EarlyBirdDetector(pl.Callback):
             if converged and sparsity not in self.emerged:
                 self._search.emerge(sparsity, masks[sparsity], step)
                 metrics[f"earlybird/emerged/{sparsity:g}"] = step
-                rank_zero_info(
-                    f"EarlyBirdDetector: the ticket of sparsity {sparsity:g} emerged at step {step}: its mask is at "
-                    f"most {check.distance:.3f} away from the {self.window - 1} before it."
-                )
+                self._announce(sparsity, check)
         log_metrics(trainer, metrics)
-        if self._search.done:
-            self._act_on_emergence(trainer, pl_module)
+        if self._search.done and self.on_emergence == "stop":
+            rank_zero_info("EarlyBirdDetector: every ticket has emerged; training stops.")
+            trainer.should_stop = True
 
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[float, TicketMask]:
         """One mask per sparsity from the present weights; nothing is recorded.
@@ -375,27 +379,32 @@ class EarlyBirdDetector(pl.Callback):
             self._probe.stop()
             self._probe = None
 
-    def _forget_restore(self) -> None:
-        if self._undo_restore is not None:
-            self._undo_restore()
-            self._undo_restore = None
+    def _leave_checkpoints(self) -> None:
+        if self._unfollow is not None:
+            self._unfollow()
+            self._unfollow = None
 
-    def _act_on_emergence(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.on_emergence == "stop":
-            rank_zero_info("EarlyBirdDetector: every ticket has emerged; training stops.")
-            trainer.should_stop = True
-        elif self.on_emergence == "prune":
-            assert self.found is not None
-            ((sparsity, mask),) = self.masks.items()
-            partition = TimestepPartition.whole(sparsity)
-            ensemble = convert(trainer, pl_module, self.found, partition, [mask], self.emerged)
-            self.finish()
-            assert ensemble.record is not None
-            rank_zero_info(
-                f"EarlyBirdDetector: the denoiser has become a ticket at step {trainer.global_step}.\n"
-                f"{ticket_table(ensemble.record.facts)}"
-            )
-            log_ticket_table(trainer, "earlybird/tickets", ensemble.record.facts)
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser) -> None:
+        ((sparsity, mask),) = self.masks.items()
+        partition = TimestepPartition.whole(sparsity)
+        ensemble = convert(trainer, pl_module, found, partition, [mask], self.emerged)
+        self.finish()
+        assert ensemble.record is not None
+        rank_zero_info(
+            f"EarlyBirdDetector: the denoiser has become a ticket at step {trainer.global_step}.\n"
+            f"{ticket_table(ensemble.record.facts)}"
+        )
+        log_ticket_table(trainer, "earlybird/tickets", ensemble.record.facts)
+
+    def _announce(self, sparsity: float, check: MaskCheck) -> None:
+        inertia = ""
+        if check.from_start is not None and check.from_start <= self.threshold:
+            inertia = " This is still the mask of the initial weights: little has been learned between checks."
+        rank_zero_info(
+            f"EarlyBirdDetector: the ticket of sparsity {sparsity:g} emerged at step {check.step}: its mask is at most "
+            f"{check.distance:.3f} away from the {self.window - 1} before it ({check.from_start or 0:.3f} from the "
+            f"initial one; two random masks: {self.windows[sparsity].null_distance:.3f}).{inertia}"
+        )
 
     def _warn_of_whole_masks(self, masks: dict[float, TicketMask]) -> None:
         for sparsity, mask in masks.items():

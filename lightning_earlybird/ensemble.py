@@ -27,6 +27,7 @@ class TimestepArgument:
     Args:
         name: Keyword under which the timesteps may come, or None.
         position: Index among the positional arguments at which they may come, or None. The keyword goes first.
+        trailing: Dimensions of size 1 after the batch that they come with: 0 for (B,), 3 for (B, 1, 1, 1).
 
     Raises:
         ValueError: If both are None, or the position is negative.
@@ -34,6 +35,7 @@ class TimestepArgument:
 
     name: str | None
     position: int | None
+    trailing: int = 0
 
     def __post_init__(self) -> None:
         if self.name is None and self.position is None:

@@ -20,6 +20,7 @@ TIMESTEP_NAMES = frozenset(
     [
         "timestep",
         "timesteps",
+        "tau",
         "time_step",
         "time_steps",
         "t",
@@ -49,6 +50,7 @@ class DenoiserCall:
         timesteps: Where the timesteps come in.
         sample_shape: Shape of one noisy sample, without the batch.
         seen: The timesteps of the whole batch, shape (batch_size,), on the CPU.
+        rivals: Arguments that may as well be the timesteps; empty where the name tells.
     """
 
     name: str
@@ -57,6 +59,7 @@ class DenoiserCall:
     timesteps: TimestepArgument
     sample_shape: tuple[int, ...]
     seen: Tensor
+    rivals: tuple[str, ...] = ()
 
     def for_network(self, network: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with floating-point tensors in the network's dtype: outside of autocast they must agree."""
@@ -124,7 +127,14 @@ class DenoiserProbe:
                 "noisy samples and their timesteps."
             )
         if len(outermost) == 1:
-            return next(iter(outermost.values()))
+            (call,) = outermost.values()
+            if call.rivals:
+                raise MisconfigurationException(
+                    f"denoiser={call.name!r} takes {len(call.rivals)} arguments with one value per sample, "
+                    f"{', '.join(call.rivals)}, and none has a name that timesteps go by. Call it 'timestep' ('t', "
+                    "'sigma', ...) in the network's forward, so that labels are not taken for timesteps."
+                )
+            return call
         if not outermost:
             raise MisconfigurationException(
                 "denoiser=None: no trainable sub-module was called with a batch of samples and one timestep per sample "
@@ -240,9 +250,10 @@ def read_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mappi
         name=name,
         args=tree_map(first_row, args),
         kwargs=tree_map(first_row, dict(kwargs)),
-        timesteps=TimestepArgument(argument, position),
+        timesteps=TimestepArgument(argument, position, trailing=timesteps.dim() - 1),
         sample_shape=tuple(batch.shape[1:]),
         seen=timesteps.detach().reshape(-1).to("cpu", copy=True),
+        rivals=tuple(key or f"number {at}" for key, at, _ in per_sample) if not named and len(per_sample) > 1 else (),
     )
 
 

@@ -12,19 +12,36 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
-from lightning_earlybird.checkpointing import restore_on_load, save_structure
+from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble, forget_training
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.probe import check_name
 from lightning_earlybird.regions import RegionLike, TimestepPartition
-from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
+from lightning_earlybird.reporting import (
+    MATPLOTLIB_AVAILABLE,
+    distance_figure,
+    log_figure,
+    log_metrics,
+    log_ticket_table,
+    overlap_figure,
+    ticket_table,
+)
+from lightning_earlybird.structure import count_parameters
 from lightning_earlybird.switch_loss import SwitchLoss
-from lightning_earlybird.tickets import TicketFacts, check_target, load_ensemble, save_ensemble, tensor_names
+from lightning_earlybird.tickets import (
+    TicketFacts,
+    check_target,
+    describe_denoiser,
+    load_ensemble,
+    save_ensemble,
+    tensor_names,
+)
 from lightning_earlybird.transition import averaged_modules, check_supported, replace_denoiser
 from lightning_earlybird.transition.slots import unwrap
 
@@ -130,7 +147,7 @@ class TimestepAwarePruner(pl.Callback):
         self._initial: dict[str, Tensor] | None = None
         self._seen: FoundDenoiser | None = None
         self._loss = SwitchLoss()
-        self._undo_restore: Callable[[], None] | None = None
+        self._unfollow: Callable[[], None] | None = None
 
     @property
     def phase(self) -> Literal["search", "tickets"]:
@@ -141,8 +158,8 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._forget_restore()
-        self._undo_restore = restore_on_load(trainer, pl_module)
+        self._leave_checkpoints()
+        self._unfollow = follow_checkpoints(trainer, pl_module)
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
@@ -176,6 +193,14 @@ class TimestepAwarePruner(pl.Callback):
             self._resume(trainer, *present)
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Before the batch that follows a check, and not in the hook of the check: validation, checkpoints and early
+        # stopping of that step then still see the dense denoiser, whose scores they hold.
+        self._consider_switch(trainer, pl_module)
+
+    @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._look_at_first_step(pl_module)
 
@@ -191,16 +216,10 @@ class TimestepAwarePruner(pl.Callback):
     ) -> None:
         self._look_at_first_step(pl_module)
         log_metrics(trainer, self._loss.add(outputs))
-        # An epoch's last batch is left to the end of the epoch, where the check of that very step may find the tickets.
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        self._consider_switch(trainer, pl_module, at_limit=self._has_reached_limit(trainer) and not last)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._consider_switch(trainer, pl_module, at_limit=self._has_reached_limit(trainer))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log_metrics(trainer, self._loss.end())
         found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
         if found is not None and self.directory is not None:
             _write(trainer, found[1], self.directory / "ensemble")
@@ -219,15 +238,15 @@ class TimestepAwarePruner(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        save_structure(pl_module, checkpoint)
+        save_structure(pl_module, checkpoint)  # after the fit, the module's own hook is no longer followed
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._forget_restore()  # Lightning does not tear down after an exception
+        self._leave_checkpoints()  # Lightning does not tear down after an exception
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._forget_restore()
+        self._leave_checkpoints()
 
     # --- the search and its end
 
@@ -254,15 +273,12 @@ class TimestepAwarePruner(pl.Callback):
         if not covering:
             self.detector.setup(trainer, pl_module, "fit")
 
-    def _has_reached_limit(self, trainer: pl.Trainer) -> bool:
-        return self.max_search_steps is not None and trainer.global_step >= self.max_search_steps
-
-    def _consider_switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, at_limit: bool) -> None:
+    def _consider_switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         detector, partition = self.detector, self._partition
         if self.switched_at is not None or partition is None or detector is None or detector.found is None:
             return
         missing = [s for s in partition.sparsities if s > 0 and s not in detector.emerged]
-        if missing and not at_limit:
+        if missing and (self.max_search_steps is None or trainer.global_step < self.max_search_steps):
             return
         if missing and self.on_search_limit == "raise":
             raise SearchLimitError(
@@ -301,6 +317,10 @@ class TimestepAwarePruner(pl.Callback):
             f"{ticket_table(self.facts)}"
         )
         log_ticket_table(trainer, "earlybird/tickets", self.facts)
+        if MATPLOTLIB_AVAILABLE:
+            distances = distance_figure(detector.windows, detector.threshold)
+            log_figure(trainer, "earlybird/mask_distance", distances, folder=self.directory)
+            log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=self.directory)
         metrics: dict[str, float | None] = {"earlybird/switch_step": self.switched_at}
         for index, fact in enumerate(self.facts):
             metrics[f"ticket_{index}/channels_removed"] = fact.achieved_channels
@@ -320,13 +340,20 @@ class TimestepAwarePruner(pl.Callback):
             # The tickets would say so, too, but only once the search is over.
             regions = self._partition.to_json()["regions"]
             raise MisconfigurationException(f"regions={regions}: in the first batch, {error}") from error
+        network = unwrap(pl_module.get_submodule(found.call.name))
+        normed = [name for name, part in network.named_modules() if isinstance(part, _BatchNorm)]
+        if normed and len(self._partition) > 1:
+            raise MisconfigurationException(
+                f"denoiser={found.call.name!r} has the batch norm {normed[0]!r}: a ticket sees the part of each batch "
+                "that falls into its region, down to a single sample, from which there are no statistics. Use a norm "
+                "that needs no batch (GroupNorm), or one region."
+            )
         if self.rewind == "init" and self._initial is None:
             if pl_module.global_step > 0:
                 rank_zero_warn(
                     f"rewind='init': the checkpoint does not hold the initial weights; those of step "
                     f"{pl_module.global_step} are taken for them. Use the pruner from the start of the training."
                 )
-            network = unwrap(pl_module.get_submodule(found.call.name))
             self._initial = {key: value.detach().to("cpu", copy=True) for key, value in network.state_dict().items()}
 
     # --- tickets that are there already
@@ -337,6 +364,7 @@ class TimestepAwarePruner(pl.Callback):
         check_supported(trainer, pl_module, name)
         dense = unwrap(pl_module.get_submodule(name))
         saved = load_ensemble(path, denoiser=lambda: copy.deepcopy(dense))
+        _check_same_network(name, dense, saved, path)
         forget_training(trainer, dense)
         replace_denoiser(
             trainer,
@@ -366,10 +394,10 @@ class TimestepAwarePruner(pl.Callback):
         if ensemble.record is not None:
             self.facts = ensemble.record.facts
 
-    def _forget_restore(self) -> None:
-        if self._undo_restore is not None:
-            self._undo_restore()
-            self._undo_restore = None
+    def _leave_checkpoints(self) -> None:
+        if self._unfollow is not None:
+            self._unfollow()
+            self._unfollow = None
 
     # --- state
 
@@ -422,6 +450,25 @@ def _matching_denoiser(module: nn.Module, path: Path) -> str:
             "denoiser, for example denoiser='model'."
         )
     return str(outermost[0])
+
+
+def _check_same_network(name: str, dense: nn.Module, saved: TicketEnsemble, path: Path) -> None:
+    """Refuse tickets of another network, as far as their record tells."""
+    record = saved.record
+    theirs = record.denoiser if record is not None else None
+    ours = describe_denoiser(dense)
+    if theirs is not None and ours is not None:
+        pairs = {"class": (theirs["class"], ours["class"])}
+        pairs |= {k: (theirs["config"].get(k), ours["config"].get(k)) for k in theirs["config"] | ours["config"]}
+        odd = [f"{key}={a!r} against {b!r}" for key, (a, b) in pairs.items() if a != b]
+    else:
+        sizes = record.facts[0].parameters[0] if record is not None and record.facts else None, count_parameters(dense)
+        odd = [f"{sizes[0]:,} against {sizes[1]:,} parameters"] if sizes[0] not in (None, sizes[1]) else []
+    if odd:
+        raise MisconfigurationException(
+            f"regions={str(path)!r}: the tickets were cut from another network than {name!r}: {'; '.join(odd[:4])}. "
+            "Build the network that they were cut from."
+        )
 
 
 def _last(checks: Sequence[Any]) -> str:

@@ -28,7 +28,8 @@ class TicketFacts:
 
     Args:
         region: The region that it serves.
-        step: Optimizer step at which its mask was found; None for a mask that was not searched for.
+        step: Optimizer step at which its ticket emerged, or at which the search limit ended the search; None for a mask
+            that was not searched for. The mask is that of the switch, which may come later.
         emerged: Whether the mask had settled by then; False where the search limit ended the search.
         channels: Channels that the plan can prune, and how many of them are kept.
         parameters: Numbers of parameters.

@@ -217,7 +217,7 @@ class TicketEnsembleSampler(TicketEnsemble):
 
     def _predict(self, number: int, sample: Tensor, timestep: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Calls a ticket the way the denoiser is called in training: with one timestep per sample."""
-        steps = timestep.expand(len(sample))
+        steps = timestep.expand(len(sample)).view(-1, *[1] * self.timesteps.trailing)
         name, position = self.timesteps.name, self.timesteps.position
         if position in (0, 1):
             output = self.tickets[number](*((steps, sample) if position == 0 else (sample, steps)), **kwargs)

@@ -28,8 +28,8 @@ class SwitchLoss:
         """Take what ``training_step`` returned.
 
         Returns:
-            Once, when enough is known: the mean loss before the switch, the first loss after it, and the mean over the
-            second half of the steps after it, named for a logger; empty otherwise.
+            What has become known, named for a logger: with the first loss after the switch that and the mean before it,
+            and after ``steps`` the mean over the second half of them; empty at all other steps.
         """
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor) or (self._after is not None and len(self._after) == self.steps):
@@ -38,13 +38,18 @@ class SwitchLoss:
             self._before.append(loss.detach())
             return {}
         self._after.append(loss.detach())
-        if len(self._after) < self.steps:
-            return {}
-        return {
-            "earlybird/loss_before_switch": _mean(list(self._before)),
-            "earlybird/loss_at_switch": float(self._after[0]),
-            "earlybird/loss_after_switch": _mean(self._after[self.steps // 2 :]),
-        }
+        if len(self._after) == 1:
+            before = _mean(list(self._before))
+            return {"earlybird/loss_before_switch": before, "earlybird/loss_at_switch": float(self._after[0])}
+        return self._recovered() if len(self._after) == self.steps else {}
+
+    def end(self) -> dict[str, float | None]:
+        """The mean after the switch, where the fit ends before ``steps`` of them; empty otherwise."""
+        return self._recovered() if self._after and 1 < len(self._after) < self.steps else {}
+
+    def _recovered(self) -> dict[str, float | None]:
+        assert self._after is not None
+        return {"earlybird/loss_after_switch": _mean(self._after[len(self._after) // 2 :])}
 
 
 def _mean(values: list[Tensor]) -> float | None:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def save_ensemble(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "partition": ensemble.partition.to_json(),
-            "timesteps": {"name": ensemble.timesteps.name, "position": ensemble.timesteps.position},
+            "timesteps": asdict(ensemble.timesteps),
             "sample_shape": record["sample_shape"],
             "denoiser": record["denoiser"],
             "tickets": entries,
@@ -160,9 +161,11 @@ def load_ensemble(directory: str | os.PathLike[str], denoiser: Callable[[], nn.M
     entries = index["tickets"].elements()
     if len(entries) != len(partition):
         index["tickets"].fail(f"has {len(entries)} entries, but the partition has {len(partition)} regions.")
-    place = {key: index["timesteps"][key] for key in ("name", "position")}
+    place = {key: index["timesteps"][key] for key in ("name", "position", "trailing")}
     timesteps = index["timesteps"].parsed(
-        lambda _: TimestepArgument(place["name"].optional(Field.text), place["position"].optional(Field.integer))
+        lambda _: TimestepArgument(
+            place["name"].optional(Field.text), place["position"].optional(Field.integer), place["trailing"].integer()
+        )
     )
     facts = [entry["facts"].optional(read_facts) for entry in entries]
     record = EnsembleRecord(

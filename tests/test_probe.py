@@ -93,7 +93,7 @@ def test_a_wrapper_around_the_network_is_the_denoiser() -> None:
     root = holding(net=Preconditioned())
     call = watch(root, lambda: root["net"](NOISY, torch.rand(6, 1) + 0.1))
     assert call.name == "net"
-    assert call.timesteps == TimestepArgument("sigma", 1)
+    assert call.timesteps == TimestepArgument("sigma", 1, trailing=1)
 
 
 def test_timesteps_may_come_as_a_keyword() -> None:
@@ -119,7 +119,7 @@ def test_noise_levels_may_have_the_shape_of_broadcasting(shape: tuple[int, ...])
 
     root = holding(net=Broadcast())
     call = watch(root, lambda: root["net"](torch.randn(6, 1, 4, 4), torch.rand(6).view(shape)))
-    assert call.timesteps == TimestepArgument("sigma", 1)
+    assert call.timesteps == TimestepArgument("sigma", 1, trailing=len(shape) - 1)
     assert call.sample_shape == (1, 4, 4)
     assert call.args[1].shape == (1, *shape[1:])
 
@@ -161,6 +161,18 @@ def test_an_argument_of_unknown_name_is_taken_where_nothing_better_is_there() ->
 
     root = holding(net=Unnamed())
     assert watch(root, lambda: root["net"](NOISY, STEPS)).timesteps == TimestepArgument("progress", 1)
+
+
+def test_labels_are_not_taken_for_timesteps_where_no_name_tells() -> None:
+    class Labelled(Mlp):
+        def forward(self, x, y, progress):
+            return super().forward(x, progress)
+
+    root = holding(net=Labelled())
+    with pytest.raises(
+        MisconfigurationException, match=r"denoiser='net' takes 2 arguments .* sample, y, progress, and"
+    ):
+        watch(root, lambda: root["net"](NOISY, torch.arange(6), STEPS))
 
 
 def test_a_frozen_teacher_is_ignored() -> None:

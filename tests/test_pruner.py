@@ -75,6 +75,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.look(trainer, pl_module)  # the switch happens in this hook
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.look(trainer, pl_module)
@@ -604,7 +605,7 @@ def test_the_tickets_are_on_disk_at_the_switch_and_the_ensemble_at_the_end(tmp_p
             present.append(tuple(sorted(path.name for path in (tmp_path / "tickets").glob("*"))))
 
     fit(module, quick(), pruner, after, Files(), max_epochs=3)
-    assert present == [()] * 5 + [("switch",)] * 7
+    assert present == [()] * 6 + [("mask_distance.png", "mask_overlap.png", "switch")] * 6
     assert pruner.directory == tmp_path / "tickets"
     noisy, steps = torch.randn(9, 1, 4, 4), torch.tensor([0, 299, 300, 999, 10, 500, 301, 700, 200])
     for name, expected in (("switch", after.tickets["network"]), ("ensemble", module.model)):
@@ -625,7 +626,7 @@ def test_the_table_counts_what_is_there(tmp_path: Path, caplog) -> None:
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("earlybird/switch_step")]
     (row,) = rows
-    assert float(row["earlybird/switch_step"]) == SWITCH and int(row["step"]) == SWITCH - 1
+    assert float(row["earlybird/switch_step"]) == SWITCH and int(row["step"]) == SWITCH
     for index, (fact, ticket, width) in enumerate(zip(pruner.facts, module.model.tickets, (12, 8), strict=True)):
         parameters = count_parameters(dense), sum(parameter.numel() for parameter in ticket.parameters())
         assert fact.region == module.model.regions[index]
@@ -647,12 +648,14 @@ def test_the_loss_on_both_sides_of_the_switch_is_logged(tmp_path: Path) -> None:
     module = Lit()
     fit(module, quick(), pruner_in(tmp_path), max_epochs=16, logger=logger)
     with (tmp_path / "metrics.csv").open() as file:
-        (row,) = [row for row in csv.DictReader(file) if row.get("earlybird/loss_at_switch")]
+        at, after = [
+            row for row in csv.DictReader(file) if row["earlybird/loss_at_switch"] or row["earlybird/loss_after_switch"]
+        ]
     mean = lambda values: sum(values) / len(values)  # noqa: E731
-    assert float(row["earlybird/loss_before_switch"]) == pytest.approx(mean(module.losses[:6]))
-    assert float(row["earlybird/loss_at_switch"]) == pytest.approx(module.losses[6])
-    assert float(row["earlybird/loss_after_switch"]) == pytest.approx(mean(module.losses[31:56]))
-    assert int(row["step"]) == 55
+    assert float(at["earlybird/loss_before_switch"]) == pytest.approx(mean(module.losses[:6]))
+    assert float(at["earlybird/loss_at_switch"]) == pytest.approx(module.losses[6])
+    assert float(after["earlybird/loss_after_switch"]) == pytest.approx(mean(module.losses[31:56]))
+    assert (int(at["step"]), int(after["step"])) == (6, 55)
 
 
 def test_tickets_are_written_beside_the_files_of_the_logger(tmp_path: Path) -> None:
@@ -661,7 +664,12 @@ def test_tickets_are_written_beside_the_files_of_the_logger(tmp_path: Path) -> N
         trainer = fit(Lit(), quick(), pruner, max_epochs=2, logger=CSVLogger(tmp_path))
         assert pruner.directory == Path(trainer.logger.log_dir) / "tickets"
         assert pruner.directory == tmp_path / "lightning_logs" / f"version_{number}" / "tickets"
-        assert {path.name for path in pruner.directory.iterdir()} == {"switch", "ensemble"}
+        assert sorted(path.name for path in pruner.directory.iterdir()) == [
+            "ensemble",
+            "mask_distance.png",
+            "mask_overlap.png",
+            "switch",
+        ]
 
 
 def test_tickets_are_written_into_a_new_folder_where_there_is_no_logger(tmp_path: Path) -> None:
@@ -669,7 +677,12 @@ def test_tickets_are_written_into_a_new_folder_where_there_is_no_logger(tmp_path
     for number in (0, 1):
         fit(Lit(), quick(), pruner, max_epochs=2, default_root_dir=tmp_path)
         assert pruner.directory == tmp_path / "earlybird" / f"version_{number}"
-        assert {path.name for path in pruner.directory.iterdir()} == {"switch", "ensemble"}
+        assert sorted(path.name for path in pruner.directory.iterdir()) == [
+            "ensemble",
+            "mask_distance.png",
+            "mask_overlap.png",
+            "switch",
+        ]
 
 
 def test_a_folder_of_something_else_is_not_written_over(tmp_path: Path) -> None:

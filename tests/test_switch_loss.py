@@ -11,14 +11,21 @@ def test_the_means_before_and_after_and_the_first_loss_are_told_once() -> None:
     for value in (9.0, 4.0, 3.0, 2.0, 1.0):  # the oldest has left the window
         assert losses.add({"loss": torch.tensor(value)}) == {}
     losses.switch()
-    for value in (8.0, 7.0, 6.0):
+    first = {"earlybird/loss_before_switch": 2.5, "earlybird/loss_at_switch": 8.0}
+    assert losses.add({"loss": torch.tensor(8.0)}) == first
+    for value in (7.0, 6.0):
         assert losses.add(torch.tensor(value)) == {}
-    assert losses.add({"loss": torch.tensor(5.0)}) == {
-        "earlybird/loss_before_switch": 2.5,
-        "earlybird/loss_at_switch": 8.0,
-        "earlybird/loss_after_switch": 5.5,
-    }
-    assert losses.add({"loss": torch.tensor(5.0)}) == {}
+    assert losses.add({"loss": torch.tensor(5.0)}) == {"earlybird/loss_after_switch": 5.5}
+    assert losses.add({"loss": torch.tensor(5.0)}) == {} and losses.end() == {}
+
+
+def test_a_fit_that_ends_early_tells_what_the_tickets_had_won_back() -> None:
+    losses = SwitchLoss(steps=10)
+    assert losses.end() == {}
+    losses.switch()
+    for value in (8.0, 6.0, 4.0):
+        losses.add(torch.tensor(value))
+    assert losses.end() == {"earlybird/loss_after_switch": 5.0}
 
 
 def test_a_switch_before_any_loss_has_no_mean_to_compare_with() -> None:

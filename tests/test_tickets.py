@@ -620,7 +620,10 @@ def removing(*path):
         (setting("partition", []), ["'partition'", "is not valid"]),
         (removing("timesteps", "name"), ["'timesteps.name'", "is missing"]),
         (setting("timesteps", "position", "1"), ["'timesteps.position'", "expected an integer"]),
-        (setting("timesteps", {"name": None, "position": None}), ["'timesteps'", "at least one must be given"]),
+        (
+            setting("timesteps", {"name": None, "position": None, "trailing": 0}),
+            ["'timesteps'", "at least one must be given"],
+        ),
         (setting("sample_shape", [1, 0, 8]), ["'sample_shape[1]'", "at least 1"]),
         (setting("sample_shape", "large"), ["'sample_shape'", "expected an array"]),
         (removing("tickets", 2), ["'tickets'", "has 2 entries", "3 regions"]),

@@ -5,6 +5,7 @@
 
 from lightning_earlybird.transition.averages import averaged_modules, initial_share
 from lightning_earlybird.transition.checks import check_supported
+from lightning_earlybird.transition.scores import forget_scores
 from lightning_earlybird.transition.switch import replace_denoiser
 
-__all__ = ["averaged_modules", "check_supported", "initial_share", "replace_denoiser"]
+__all__ = ["averaged_modules", "check_supported", "forget_scores", "initial_share", "replace_denoiser"]

@@ -12,6 +12,15 @@ def test_multiply_accumulates_are_those_counted_by_hand() -> None:
     assert count_parameters(network) == (4 * 3 * 9 + 4) + (100 * 2 + 2)
 
 
+def test_attention_counts_whichever_kernel_computes_it() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    # Scores and weighted values: 2 x heads x tokens x tokens x width.
+    assert count_macs(Attention(), (torch.ones(1, 4, 10, 8),)) == 2 * 4 * 10 * 10 * 8
+
+
 def test_tied_parameters_count_once() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     network[1].weight = network[0].weight
