@@ -11,14 +11,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from modules import REGIONS, ConvNet, Lit, Mlp, OnStep, Ranking, Tutorial, fit, frozen_sgd, loader, quiet_trainer
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from lightning_earlybird import (
     EarlyBirdDetector,
@@ -235,6 +236,78 @@ def test_a_search_limit_on_an_epochs_last_step_lets_that_epochs_check_speak_firs
     detector = EarlyBirdDetector([0.25, 0.5], window=2, threshold=1.0)
     fit(Lit(), detector, pruner, max_epochs=3)
     assert pruner.switched_at == 8 and detector.emerged == {0.25: 8, 0.5: 8}
+
+
+def on_plateau(module: pl.LightningModule) -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
+    scheduler = ReduceLROnPlateau(optimizer, patience=0)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+class FarBetterDense(Lit):
+    """Validates to the same number for the same weights, and to a far smaller one while the denoiser is dense."""
+
+    def validation_step(self, batch, batch_idx):
+        with isolate_rng():
+            torch.manual_seed(0)
+            self.log("val_loss", self.loss(batch[0]) * (1.0 if isinstance(self.model, TicketEnsemble) else 1e-3))
+
+
+def test_scores_of_the_dense_network_are_not_held_against_the_tickets(tmp_path: Path) -> None:
+    module, pruner = FarBetterDense(configure=on_plateau), pruner_in(tmp_path)
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss", filename="{step}", enable_version_counter=False)
+    stopping = EarlyStopping("val_loss", patience=3)
+    detector = quick(every_n_train_steps=None)
+    settings = {"max_epochs": 5, "limit_val_batches": 1, "enable_checkpointing": True}
+    trainer = fit(module, detector, pruner, best, stopping, **settings)
+    assert pruner.switched_at == 8 and trainer.global_step == 20
+    scores = {float(best.best_model_score), float(stopping.best_score), trainer.lr_scheduler_configs[0].scheduler.best}
+    assert len(scores) == 1 and scores.pop() > 0.01
+    # The file of the switching step was written of the dense network, under its score, and is no longer the best.
+    assert isinstance(torch.load(tmp_path / "best" / "step=8.ckpt", weights_only=True)["state_dict"], dict)
+    assert best.best_model_path != str(tmp_path / "best" / "step=8.ckpt")
+    (measured,) = trainer.validate(module, loader(module), ckpt_path="best", verbose=False)
+    assert measured["val_loss"] == pytest.approx(float(best.best_model_score))
+
+
+def test_a_checkpoint_of_weights_alone_carries_the_structure(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, save_weights_only=True, filename="weights")
+    trainer = fit(module := Lit(), quick(), pruner_in(tmp_path), saving, max_epochs=3, enable_checkpointing=True)
+    again = Lit()
+    fresh = quiet_trainer(pruner_in(tmp_path), limit_test_batches=1)
+    fresh.test(again, loader(again), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
+    assert trainer.global_step == 12
+    for name, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_batch_norm_is_refused_before_training_unless_one_region_sees_every_batch(tmp_path: Path) -> None:
+    class Normed(ConvNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_norm = nn.BatchNorm2d(1)
+
+        def forward(self, x, t):
+            return super().forward(self.batch_norm(x), t)
+
+    module = Lit(Normed)
+    with pytest.raises(
+        MisconfigurationException, match="denoiser='model' has the batch norm 'batch_norm': a ticket sees"
+    ):
+        fit(module, quick(), pruner_in(tmp_path), max_epochs=1)
+    assert len(module.losses) == 1 and torch.equal(module.model.batch_norm.weight, torch.ones(1))
+
+
+def test_saved_tickets_of_another_network_are_refused(tmp_path: Path) -> None:
+    fit(Tutorial(), quick(), pruner_in(tmp_path), max_epochs=3)
+
+    class Other(Tutorial):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = type(self.model)(**{**self.model.config, "act_fn": "gelu"})
+
+    with pytest.raises(MisconfigurationException, match="cut from another network than 'model': act_fn='silu' against"):
+        fit(Other(), TimestepAwarePruner(tmp_path / "tickets" / "switch", dirpath=tmp_path / "new"), max_epochs=1)
 
 
 def test_a_fit_that_ends_during_the_search_says_how_far_it_came(tmp_path: Path) -> None:

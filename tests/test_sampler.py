@@ -54,10 +54,19 @@ class PlainNet(nn.Module):
         return self.outer(torch.relu(self.inner(x))) * (1 + t.to(x.dtype) / 1000).reshape(-1, 1, 1, 1)
 
 
+class ColumnNet(PlainNet):
+    """Takes its timesteps as (B, 1), as networks that feed them to a linear layer do."""
+
+    def forward(self, x, t):
+        assert t.shape == (len(x), 1)
+        return super().forward(x, t.flatten())
+
+
 def sampler_of(dense, timesteps=TimestepArgument("timestep", 1), sample_shape=(1, 8, 8), regions=REGIONS, **kwargs):  # noqa: B008
     """Real tickets of a dense network, in a sampler with its record."""
     partition = TimestepPartition.of(regions)
-    plan = trace_plan(dense, (torch.randn(2, 1, 8, 8), torch.tensor([3, 4])), kwargs)
+    steps = torch.tensor([3, 4]).view(-1, *[1] * timesteps.trailing)
+    plan = trace_plan(dense, (torch.randn(2, 1, 8, 8), steps), kwargs)
     scores = torch.rand(plan.num_channels, generator=torch.Generator().manual_seed(1))
     masks = tuple(draw_mask(plan, scores, region.sparsity, round_to=4) for region in partition)
     tickets = [extract(dense, plan, mask) for mask in masks]
@@ -429,3 +438,12 @@ def test_a_trainer_without_a_module_is_refused():
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(RuntimeError, match=r"no LightningModule yet; call trainer.fit"):
         TicketEnsembleSampler.from_trainer(trainer)
+
+
+def test_timesteps_come_in_the_shape_of_training_also_after_a_round_trip(tmp_path):
+    sampler = sampler_of(ColumnNet(), TimestepArgument("t", 1, trailing=1))
+    settings = {"scheduler": DDIMScheduler(), "num_inference_steps": 4, "progress": False}
+    images = sampler.sample(3, generator=torch.Generator().manual_seed(0), **settings)
+    sampler.save_pretrained(tmp_path / "ensemble")
+    again = TicketEnsembleSampler.from_pretrained(tmp_path / "ensemble", denoiser=ColumnNet)
+    assert torch.equal(again.sample(3, generator=torch.Generator().manual_seed(0), **settings), images)
