@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
-from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble, forget_training
+from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.probe import check_name
@@ -32,17 +31,14 @@ from lightning_earlybird.reporting import (
     overlap_figure,
     ticket_table,
 )
-from lightning_earlybird.structure import count_parameters
+from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.switch_loss import SwitchLoss
 from lightning_earlybird.tickets import (
     TicketFacts,
     check_target,
-    describe_denoiser,
-    load_ensemble,
     save_ensemble,
-    tensor_names,
 )
-from lightning_earlybird.transition import averaged_modules, check_supported, replace_denoiser
+from lightning_earlybird.transition import averaged_modules, check_supported
 from lightning_earlybird.transition.slots import unwrap
 
 
@@ -360,20 +356,7 @@ class TimestepAwarePruner(pl.Callback):
 
     def _take_saved(self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
         """Put tickets that were saved earlier in the denoiser's place."""
-        name = self.denoiser or _matching_denoiser(pl_module, path)
-        check_supported(trainer, pl_module, name)
-        dense = unwrap(pl_module.get_submodule(name))
-        saved = load_ensemble(path, denoiser=lambda: copy.deepcopy(dense))
-        _check_same_network(name, dense, saved, path)
-        forget_training(trainer, dense)
-        replace_denoiser(
-            trainer,
-            pl_module,
-            name,
-            build=lambda _: copy.deepcopy(saved),
-            inherit=lambda _, tensor: tensor,
-            source=lambda new: new.split(".", 2)[2],
-        )
+        name, saved = take_saved_tickets(trainer, pl_module, self.denoiser, path)
         self._resume(trainer, name, saved)
         rank_zero_info(
             f"TimestepAwarePruner: {len(saved.tickets)} tickets from {str(path)!r} have replaced the denoiser "
@@ -437,38 +420,6 @@ def _default_directory(trainer: pl.Trainer) -> Path:
     while (root / f"version_{number}").exists():
         number += 1
     return root / f"version_{number}"
-
-
-def _matching_denoiser(module: nn.Module, path: Path) -> str:
-    """The sub-module whose tensors have the names of the saved tickets' tensors."""
-    names = tensor_names(path)
-    matches = [name for name, part in module.named_modules() if name and set(unwrap(part).state_dict()) == names]
-    outermost = [name for name in matches if not any(name.startswith(f"{other}.") for other in matches)]
-    if len(outermost) != 1:
-        raise MisconfigurationException(
-            f"regions={str(path)!r}: {len(outermost)} sub-modules have the tensors of these tickets. Name the "
-            "denoiser, for example denoiser='model'."
-        )
-    return str(outermost[0])
-
-
-def _check_same_network(name: str, dense: nn.Module, saved: TicketEnsemble, path: Path) -> None:
-    """Refuse tickets of another network, as far as their record tells."""
-    record = saved.record
-    theirs = record.denoiser if record is not None else None
-    ours = describe_denoiser(dense)
-    if theirs is not None and ours is not None:
-        pairs = {"class": (theirs["class"], ours["class"])}
-        pairs |= {k: (theirs["config"].get(k), ours["config"].get(k)) for k in theirs["config"] | ours["config"]}
-        odd = [f"{key}={a!r} against {b!r}" for key, (a, b) in pairs.items() if a != b]
-    else:
-        sizes = record.facts[0].parameters[0] if record is not None and record.facts else None, count_parameters(dense)
-        odd = [f"{sizes[0]:,} against {sizes[1]:,} parameters"] if sizes[0] not in (None, sizes[1]) else []
-    if odd:
-        raise MisconfigurationException(
-            f"regions={str(path)!r}: the tickets were cut from another network than {name!r}: {'; '.join(odd[:4])}. "
-            "Build the network that they were cut from."
-        )
 
 
 def _last(checks: Sequence[Any]) -> str:

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from modules import Tutorial
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_earlybird
@@ -43,33 +42,6 @@ def test_importing_the_package_leaves_wandb_diffusers_and_matplotlib_alone() -> 
     assert done.stdout.strip() == "[]"
 
 
-class _Tutorial(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(16, 16),
-            norm_num_groups=8,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-        )
-        self.scheduler = DDPMScheduler()
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        (images,) = batch
-        noise = torch.randn_like(images)
-        steps = torch.randint(self.scheduler.config.num_train_timesteps, (images.size(0),))
-        residual = self.model(self.scheduler.add_noise(images, noise, steps), steps).sample
-        return torch.nn.functional.mse_loss(residual, noise)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-
 @pytest.mark.slow
 def test_the_readme_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,7 +53,7 @@ def test_the_readme_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.
     later = later.replace("batch_size=16", "batch_size=2").replace("steps=50", "steps=5")
     torch.manual_seed(0)
     images = TensorDataset(torch.rand(16, 1, 8, 8) * 2 - 1)
-    names: dict[str, object] = {"module": _Tutorial(), "datamodule": DataLoader(images, batch_size=8)}
+    names: dict[str, object] = {"module": Tutorial(), "datamodule": DataLoader(images, batch_size=8)}
     exec(compile(use, str(README), "exec"), names)
     sampled = names["images"]
     assert isinstance(sampled, torch.Tensor)
