@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_earlybird import EarlyBirdDetector, TicketEnsembleSampler, TimestepAwarePruner
-from lightning_earlybird.reporting import distance_figure, log_figure, log_metrics, overlap_figure, ticket_table
+from lightning_earlybird.reporting import log_figure, log_metrics, ticket_table
 
 CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
@@ -247,9 +247,9 @@ def main(arguments: list[str]) -> None:
         enable_model_summary=False,
     )
     trainer.fit(module, loader)
-    detector = pruner.detector
 
-    # The pruner has written the ensemble to output / "ensemble", from where from_pretrained would give the same.
+    # The pruner has written the figures of the search to the output folder, and the ensemble to output / "ensemble", from
+    # where from_pretrained would give the same.
     ensemble = TicketEnsembleSampler.from_trainer(trainer)
     # The dense network in place of each ticket, so that both are sampled by the same code from the same noise.
     dense = TicketEnsembleSampler([keeper.denoiser] * len(ensemble.regions), ensemble.partition, ensemble.timesteps)
@@ -271,8 +271,6 @@ def main(arguments: list[str]) -> None:
     distances = {title: frechet_distance(images, held_out) for title, images in rows.items()}
 
     log_figure(trainer, "samples", sample_figure(samples, config.sampling.grid), folder=output)
-    log_figure(trainer, "mask_distance", distance_figure(detector.windows, detector.threshold), folder=output)
-    log_figure(trainer, "mask_overlap", overlap_figure(detector.windows), folder=output)
     log_metrics(trainer, {f"frechet_distance/{title}": value for title, value in distances.items()})
     for logger in loggers:
         logger.finalize("success")
