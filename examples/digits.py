@@ -248,8 +248,8 @@ def main(arguments: list[str]) -> None:
     )
     trainer.fit(module, loader)
 
-    # The pruner has written the figures of the search to the output folder, and the ensemble to output / "ensemble", from
-    # where from_pretrained would give the same.
+    # The pruner has written the figures of the search to the output folder, and the ensemble to output / "ensemble":
+    # from_pretrained would give the same.
     ensemble = TicketEnsembleSampler.from_trainer(trainer)
     # The dense network in place of each ticket, so that both are sampled by the same code from the same noise.
     dense = TicketEnsembleSampler([keeper.denoiser] * len(ensemble.regions), ensemble.partition, ensemble.timesteps)
