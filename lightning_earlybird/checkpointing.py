@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import find_ensemble, forget_training, split_name
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.masks import TicketMask
@@ -19,7 +20,6 @@ from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import resize_
 from lightning_earlybird.tickets import EnsembleRecord
 from lightning_earlybird.transition import averaged_modules, replace_denoiser
-from lightning_earlybird.transition.slots import unwrap
 
 CHECKPOINT_KEY = "lightning_earlybird"
 CHECKPOINT_VERSION = 1

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall
@@ -31,7 +32,6 @@ from lightning_earlybird.tickets import EnsembleRecord, TicketFacts, describe_de
 from lightning_earlybird.transition import averaged_modules, forget_scores, replace_denoiser
 from lightning_earlybird.transition.optimizers import family
 from lightning_earlybird.transition.rehearsal import bare
-from lightning_earlybird.transition.slots import unwrap
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_earlybird.arguments import check_choice, check_positive
 from lightning_earlybird.budget import draw_mask
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.importance import CRITERIA, Criterion, channel_scores
@@ -26,7 +27,6 @@ from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
 from lightning_earlybird.search import TicketSearch, named_metrics
 from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
-from lightning_earlybird.transition.slots import unwrap
 
 
 class EarlyBirdDetector(pl.Callback):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TimestepArgument
-from lightning_earlybird.transition.slots import unwrap
 
 # Under which names published denoisers take their timesteps. Where none fits, the first per-sample argument is taken.
 TIMESTEP_NAMES = frozenset(

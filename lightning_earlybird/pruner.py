@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
@@ -39,7 +40,6 @@ from lightning_earlybird.tickets import (
     save_ensemble,
 )
 from lightning_earlybird.transition import averaged_modules, check_supported
-from lightning_earlybird.transition.slots import unwrap
 
 
 class SearchLimitError(RuntimeError):

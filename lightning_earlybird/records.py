@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.files import Field
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
@@ -125,7 +126,7 @@ def describe_denoiser(module: nn.Module) -> dict[str, Any] | None:
         that their configuration does not describe (a layer was exchanged, a value is not JSON). Those are loaded with
         a factory.
     """
-    module = unwrapped(module)
+    module = unwrap(module)
     # A module of diffusers cannot exist before diffusers has been imported, by whoever built it.
     if not type(module).__module__.startswith("diffusers."):
         return None
@@ -162,7 +163,7 @@ def build_dense(factory: Callable[[], nn.Module] | None, field: Field) -> nn.Mod
         dense: Any = factory()
         if not isinstance(dense, nn.Module):
             raise ValueError(f"denoiser must return a torch module, but it returned a {type(dense).__name__}.")
-        return unwrapped(dense)
+        return unwrap(dense)
     description = field.optional(read_denoiser)
     if description is None:
         raise ValueError(
@@ -216,12 +217,6 @@ def read_facts(field: Field) -> TicketFacts:
 def read_shape(field: Field) -> tuple[int, ...]:
     """A shape: an array of positive integers."""
     return tuple(size.integer(1) for size in field.elements())
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The network inside a ``torch.compile`` wrapper, or the network itself."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module
 
 
 def _read_pair(field: Field) -> tuple[int, int]:

@@ -9,12 +9,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import forget_training, split_name
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.structure import count_parameters
 from lightning_earlybird.tickets import describe_denoiser, load_ensemble, tensor_names
 from lightning_earlybird.transition import check_supported, replace_denoiser
-from lightning_earlybird.transition.slots import unwrap
 
 
 def take_saved_tickets(

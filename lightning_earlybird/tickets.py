@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.files import EnsembleFormatError, Field, read_json, sha256_of, written_aside
 from lightning_earlybird.masks import TicketMask
@@ -28,7 +29,6 @@ from lightning_earlybird.records import (
     read_edits,
     read_facts,
     read_shape,
-    unwrapped,
 )
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import resize_
@@ -105,7 +105,7 @@ def save_ensemble(
         ValueError: If there is not one entry per ticket, or a ticket's state holds something that is not a tensor.
     """
     check_target(directory)
-    tickets = [unwrapped(ticket) for ticket in ensemble.tickets]
+    tickets = [unwrap(ticket) for ticket in ensemble.tickets]
     for name, values in (("edits", edits), ("masks", masks or None), ("facts", facts or None)):
         if values is not None and len(values) != len(tickets):
             raise ValueError(f"{name} has {len(values)} entries for {len(tickets)} tickets; pass one per ticket.")

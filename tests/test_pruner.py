@@ -29,10 +29,10 @@ from lightning_earlybird import (
     TimestepAwarePruner,
     TimestepRegion,
 )
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.structure import TicketSlicer, count_macs, count_parameters, extract, trace_plan
 from lightning_earlybird.tickets import load_ensemble
 from lightning_earlybird.transition import averaged_modules
-from lightning_earlybird.transition.slots import unwrap
 
 SWITCH = 6  # where `quick` detectors see every ticket emerge
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.transition.compiled import compile_context
 from lightning_earlybird.transition.optimizers import family
 from lightning_earlybird.transition.rehearsal import bare
-from lightning_earlybird.transition.slots import averaged_twins, plain_attributes, surroundings, twins, unwrap
+from lightning_earlybird.transition.slots import averaged_twins, plain_attributes, surroundings, twins
 
 
 def check_supported(trainer: pl.Trainer, module: pl.LightningModule, name: str | None = None) -> None:

@@ -6,18 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
+
+from lightning_earlybird.compilation import unwrap
 
 # What nn.Module registers in `__dict__`; everything else there is a plain attribute.
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The network inside a ``torch.compile`` wrapper, or the network itself."""
-    while isinstance(module, OptimizedModule):
-        module = module._orig_mod
-    return module
 
 
 def is_alias(value: Any, dense: nn.Module) -> bool:

@@ -14,12 +14,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.transition.averages import averaged_modules
 from lightning_earlybird.transition.compiled import compile_like, denoiser_context
 from lightning_earlybird.transition.lineage import Inherit, Lineage, Source, hand_down, match
 from lightning_earlybird.transition.optimizers import succeed
 from lightning_earlybird.transition.rehearsal import adopt_configured_order, bare
-from lightning_earlybird.transition.slots import averaged_twins, put, unwrap
+from lightning_earlybird.transition.slots import averaged_twins, put
 
 Build = Callable[[nn.Module], nn.Module]
 
