@@ -17,6 +17,8 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lightning_earlybird.convergence import MaskWindow
 from lightning_earlybird.records import TicketFacts
+from lightning_earlybird.regions import TimestepRegion
+from lightning_earlybird.search import SearchKey, describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,15 +204,15 @@ def ticket_table(facts: Sequence[TicketFacts]) -> str:
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, body)])
 
 
-def distance_figure(windows: Mapping[float, MaskWindow], threshold: float) -> "Figure":
-    """Mask distances over training, one panel per sparsity.
+def distance_figure(windows: Mapping[SearchKey, MaskWindow], threshold: float) -> "Figure":
+    """Mask distances over training, one panel per sparsity or region.
 
     Differs from the paper (arXiv 2504.09606): beside the FIFO distance that decides, each panel shows the distance from
     initialisation, the distance to half the training so far, and the null line (two random masks). A mask that keeps
     drifting on a logarithmic clock is then told from one that has settled.
 
     Args:
-        windows: Sparsity -> its masks.
+        windows: Sparsity (or region) -> its masks.
         threshold: The distance at which a ticket emerges.
 
     Returns:
@@ -221,7 +223,7 @@ def distance_figure(windows: Mapping[float, MaskWindow], threshold: float) -> "F
         ModuleNotFoundError: If matplotlib is not installed.
     """
     with _panels(windows, width=3.6, height=3.5, share=True, layout="constrained") as (figure, axes):
-        for axis, (sparsity, masks) in zip(axes, sorted(windows.items()), strict=True):
+        for axis, (key, masks) in zip(axes, _in_order(windows), strict=True):
             checks = masks.checks
             for values, label, style in (
                 ([check.distance for check in checks], "largest distance in the FIFO", _THICK),
@@ -238,7 +240,7 @@ def distance_figure(windows: Mapping[float, MaskWindow], threshold: float) -> "F
             if emerged is not None and emerged.distance is not None:
                 axis.plot([emerged.step], [emerged.distance], "*", color=_RED, markersize=13, zorder=5, label="emerged")
             when = "not emerged" if emerged is None else f"emerged at step {emerged.step}"
-            axis.set_title(f"sparsity {sparsity:g}: {when}")
+            axis.set_title(_title(key, f": {when}"))
             axis.set_xlabel("training step")
             axis.grid(color="#DDDDDD", linewidth=0.6)
         # The panels share their limits, and setting any ends their adaptation to what is drawn.
@@ -254,11 +256,11 @@ def distance_figure(windows: Mapping[float, MaskWindow], threshold: float) -> "F
     return figure
 
 
-def overlap_figure(windows: Mapping[float, MaskWindow]) -> "Figure":
-    """Distances between all stored masks, a panel per sparsity: the heat map of Early-Bird tickets (arXiv 1909.11957).
+def overlap_figure(windows: Mapping[SearchKey, MaskWindow]) -> "Figure":
+    """Distances between all stored masks, a panel per sparsity or region (the heat map of arXiv 1909.11957).
 
     Args:
-        windows: Sparsity -> its masks.
+        windows: Sparsity (or region) -> its masks.
 
     Returns:
         A figure on its own Agg canvas. Dark is close; a dark square that grows from the lower right corner is a mask
@@ -272,12 +274,12 @@ def overlap_figure(windows: Mapping[float, MaskWindow]) -> "Figure":
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
 
-        pairs = {sparsity: masks.pairwise() for sparsity, masks in windows.items()}
+        pairs = {key: masks.pairwise() for key, masks in _in_order(windows)}
         # One colour scale for all panels, so that they can be compared.
         top = max((float(distances.max()) for _, distances in pairs.values() if distances.numel()), default=0.0)
         scale = Normalize(0.0, top or 1.0)
-        for axis, (sparsity, (steps, distances)) in zip(axes, sorted(pairs.items()), strict=True):
-            axis.set_title(f"sparsity {sparsity:g}")
+        for axis, (key, (steps, distances)) in zip(axes, pairs.items(), strict=True):
+            axis.set_title(_title(key))
             axis.set_xlabel("mask of training step")
             if not steps:
                 axis.text(0.5, 0.5, "no masks yet", ha="center", va="center", transform=axis.transAxes)
@@ -294,7 +296,7 @@ def overlap_figure(windows: Mapping[float, MaskWindow]) -> "Figure":
 
 @contextmanager
 def _panels(
-    windows: Mapping[float, MaskWindow],
+    windows: Mapping[SearchKey, MaskWindow],
     *,
     width: float,
     height: float,
@@ -316,6 +318,18 @@ def _panels(
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(windows), sharex=share, sharey=share, squeeze=False)
         yield figure, list(axes[0])
+
+
+def _in_order(windows: Mapping[SearchKey, MaskWindow]) -> list[tuple[SearchKey, MaskWindow]]:
+    """By ascending sparsity, or along the time axis."""
+    return sorted(windows.items(), key=lambda item: item[0].start if isinstance(item[0], TimestepRegion) else item[0])
+
+
+def _title(key: SearchKey, more: str = "") -> str:
+    """What a panel shows; a region takes a line of its own, or titles of neighbours would run into each other."""
+    return (
+        f"{describe(key)}\n{more.lstrip(': ')}".strip() if isinstance(key, TimestepRegion) else f"{describe(key)}{more}"
+    )
 
 
 def _pixels(figure: "Figure") -> "np.ndarray[Any, np.dtype[np.uint8]]":

@@ -1,36 +1,73 @@
-"""The search for early-bird tickets of several sparsities at once, without a Trainer."""
+"""The search for several early-bird tickets at once, without a Trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.regions import TimestepRegion
+
+SearchKey: TypeAlias = float | TimestepRegion
+"""What a ticket is searched for: a sparsity, or a region where scores depend on the timesteps."""
 
 
 class TicketSearch:
-    """What a detector has seen: masks by sparsity, their distances, and which tickets have emerged.
+    """What a detector has seen: masks by sparsity or region, their distances, and which tickets have emerged.
 
     Args:
         sparsities: Fractions of channels to remove, each in (0, 1), without repetition.
         window: Masks in the FIFO, the newest included.
         threshold: Largest mask distance that counts as settled.
+        regions: Search a ticket for each of these regions instead of one for each sparsity; those of sparsity 0, which
+            stay dense, are left out.
 
     Attributes:
-        windows: Sparsity -> its masks and checks.
-        emerged: Sparsity -> step at which its ticket emerged.
-        tickets: Sparsity -> the mask that emerged.
+        windows: Sparsity (or region) -> its masks and checks.
+        emerged: Sparsity (or region) -> step at which its ticket emerged.
+        tickets: Sparsity (or region) -> the mask that emerged.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, sparsities: Sequence[float], *, window: int, threshold: float) -> None:
+    def __init__(
+        self, sparsities: Sequence[float], *, window: int, threshold: float, regions: Sequence[TimestepRegion] = ()
+    ) -> None:
         check_sparsities(sparsities)
-        self.windows = {float(s): MaskWindow(window=window, threshold=threshold) for s in sparsities}
-        self.emerged: dict[float, int] = {}
-        self.tickets: dict[float, TicketMask] = {}
+        pruned = [region for region in regions if region.sparsity > 0]
+        keys: list[SearchKey] = [*pruned] if pruned else [float(s) for s in sparsities]
+        self.windows: dict[SearchKey, MaskWindow] = {
+            key: MaskWindow(window=window, threshold=threshold) for key in keys
+        }
+        self.emerged: dict[SearchKey, int] = {}
+        self.tickets: dict[SearchKey, TicketMask] = {}
+
+    def key(self, wanted: SearchKey) -> SearchKey:
+        """Under which key the masks for a region or a sparsity are kept.
+
+        Raises:
+            KeyError: There is none, or several regions have that sparsity.
+        """
+        if wanted in self.windows:
+            return wanted
+        if isinstance(wanted, TimestepRegion):
+            if wanted.sparsity in self.windows:
+                return wanted.sparsity
+            raise KeyError(
+                f"{describe(wanted)} is not searched for. There are {[describe(key) for key in self.windows]}."
+            )
+        alike = [key for key in self.windows if sparsity_of(key) == wanted]
+        if not alike:
+            known = [key if isinstance(key, float) else describe(key) for key in self.windows]
+            raise KeyError(f"sparsity={wanted} is not searched for. This detector has {known}.")
+        if len(alike) > 1:
+            raise KeyError(
+                f"sparsity={wanted} is that of {len(alike)} regions, {', '.join(map(describe, alike))}, each with a mask "
+                "of its own. Ask for one of the regions."
+            )
+        return alike[0]
 
     @property
     def started(self) -> bool:
@@ -42,31 +79,31 @@ class TicketSearch:
         """Whether every ticket has emerged."""
         return len(self.emerged) == len(self.windows)
 
-    def start(self, masks: Mapping[float, TicketMask], step: int) -> dict[str, float]:
+    def start(self, masks: Mapping[SearchKey, TicketMask], step: int) -> dict[str, float]:
         """Take the masks at initialisation, which distances are measured from.
 
         Returns:
-            The null line by sparsity, named for a logger: the distance that two random masks would have.
+            The null line of each, named for a logger: the distance that two random masks would have.
         """
-        for sparsity, mask in masks.items():
-            self.windows[sparsity].start(mask, step)
-        return {f"earlybird/null_line/{sparsity:g}": mask.null_distance() for sparsity, mask in masks.items()}
+        for key, mask in masks.items():
+            self.windows[key].start(mask, step)
+        return {f"earlybird/null_line/{short_name(key)}": mask.null_distance() for key, mask in masks.items()}
 
-    def push(self, masks: Mapping[float, TicketMask], step: int) -> dict[float, MaskCheck]:
+    def push(self, masks: Mapping[SearchKey, TicketMask], step: int) -> dict[SearchKey, MaskCheck]:
         """Measure how far each new mask is from those before it; says nothing about emergence yet."""
-        return {sparsity: self.windows[sparsity].push(mask, step) for sparsity, mask in masks.items()}
+        return {key: self.windows[key].push(mask, step) for key, mask in masks.items()}
 
-    def emerge(self, sparsity: float, mask: TicketMask, step: int) -> None:
+    def emerge(self, key: SearchKey, mask: TicketMask, step: int) -> None:
         """Record that a ticket has emerged."""
-        self.emerged[sparsity] = step
-        self.tickets[sparsity] = mask
+        self.emerged[key] = step
+        self.tickets[key] = mask
 
     def state_dict(self) -> dict[str, Any]:
         """Everything learned, in tensors and plain containers."""
         return {
-            "sparsities": list(self.windows),
-            "emerged": [[sparsity, step] for sparsity, step in self.emerged.items()],
-            "tickets": [[sparsity, mask.state_dict()] for sparsity, mask in self.tickets.items()],
+            "sparsities": [_plain(key) for key in self.windows],
+            "emerged": [[_plain(key), step] for key, step in self.emerged.items()],
+            "tickets": [[_plain(key), mask.state_dict()] for key, mask in self.tickets.items()],
             "windows": [window.state_dict() for window in self.windows.values()],
         }
 
@@ -76,25 +113,50 @@ class TicketSearch:
         Raises:
             ValueError: If the state is that of other sparsities.
         """
-        if list(state["sparsities"]) != list(self.windows):
+        own, saved = [_plain(key) for key in self.windows], list(state["sparsities"])
+        if own != saved:
             raise ValueError(
-                f"sparsities={list(self.windows)} differ from the checkpoint's {list(state['sparsities'])}. "
-                "Resume with the sparsities that the search began with."
+                f"sparsities={own} differ from the checkpoint's {saved}. Resume with the sparsities, regions (here "
+                "[start, stop, sparsity]) and criterion that the search began with."
             )
-        self.emerged = {sparsity: step for sparsity, step in state["emerged"]}
-        self.tickets = {sparsity: TicketMask.from_state_dict(mask) for sparsity, mask in state["tickets"]}
-        for window, saved in zip(self.windows.values(), state["windows"], strict=True):
-            window.load_state_dict(saved)
+        keys = list(self.windows)
+        self.emerged = {keys[own.index(key)]: step for key, step in state["emerged"]}
+        self.tickets = {keys[own.index(key)]: TicketMask.from_state_dict(mask) for key, mask in state["tickets"]}
+        for window, kept in zip(self.windows.values(), state["windows"], strict=True):
+            window.load_state_dict(kept)
 
 
-def named_metrics(checks: Mapping[float, MaskCheck]) -> dict[str, float | None]:
+def named_metrics(checks: Mapping[SearchKey, MaskCheck]) -> dict[str, float | None]:
     """The distances of one round of checks, named for a logger."""
     metrics: dict[str, float | None] = {}
-    for sparsity, check in checks.items():
-        metrics[f"earlybird/distance/{sparsity:g}"] = check.distance
-        metrics[f"earlybird/distance_from_init/{sparsity:g}"] = check.from_start
-        metrics[f"earlybird/distance_to_half/{sparsity:g}"] = check.from_half
+    for key, check in checks.items():
+        name = short_name(key)
+        metrics[f"earlybird/distance/{name}"] = check.distance
+        metrics[f"earlybird/distance_from_init/{name}"] = check.from_start
+        metrics[f"earlybird/distance_to_half/{name}"] = check.from_half
     return metrics
+
+
+def sparsity_of(key: SearchKey) -> float:
+    """The fraction of channels that a ticket loses."""
+    return key.sparsity if isinstance(key, TimestepRegion) else key
+
+
+def short_name(key: SearchKey) -> str:
+    """For names of metrics: ``0.3``, or ``240-440`` for a region."""
+    return f"{key.start:g}-{key.stop:g}" if isinstance(key, TimestepRegion) else f"{key:g}"
+
+
+def describe(key: SearchKey) -> str:
+    """For sentences: ``sparsity 0.3``, or ``region [240, 440) of sparsity 0.6``."""
+    if isinstance(key, TimestepRegion):
+        return f"region [{key.start:g}, {key.stop:g}) of sparsity {key.sparsity:g}"
+    return f"sparsity {key:g}"
+
+
+def _plain(key: SearchKey) -> float | list[float]:
+    """For checkpoints, which hold no classes."""
+    return [key.start, key.stop, key.sparsity] if isinstance(key, TimestepRegion) else key
 
 
 def check_sparsities(sparsities: Sequence[float]) -> None:

@@ -1,9 +1,20 @@
+from typing import Any
+
 import pytest
 import torch
 from models import DENOISERS, denoiser, random_mask
 from torch import Tensor, nn
 
-from lightning_earlybird.importance import NonFiniteWeightsError, channel_scores
+from lightning_earlybird.importance import (
+    NonFiniteWeightsError,
+    channel_scores,
+    check_criterion,
+    custom_scores,
+    slice_slots,
+    slice_sums,
+    taylor_scores,
+    weight_names,
+)
 from lightning_earlybird.structure import ChannelPlan, extract, trace_plan
 
 
@@ -137,9 +148,101 @@ def test_random_scores_come_from_the_generator() -> None:
     assert not torch.equal(draw(0), draw(1))
 
 
+@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+def test_a_criterion_that_weights_alone_do_not_tell_is_refused_with_those_they_do(criterion: Any) -> None:
+    message = rf"criterion='{criterion}' cannot be told from weights\. Choose one of magnitude, random\."
+    with pytest.raises(ValueError, match=message):
+        channel_scores(*traced(Toy()), criterion)
+
+
 def test_an_unknown_criterion_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"criterion='taylor' is unknown\. Choose one of magnitude, random\."):
-        channel_scores(*traced(Toy()), "taylor")  # type: ignore[arg-type]
+    message = r"criterion='l1' must be one of 'magnitude', 'random', 'taylor', 'diff_pruning', or a callable"
+    with pytest.raises(ValueError, match=message):
+        check_criterion("l1")
+    for known in ("magnitude", "random", "taylor", "diff_pruning", custom_scores):
+        check_criterion(known)
+
+
+def taylor(network: nn.Module, plan: ChannelPlan, fallback: float = -1.0) -> tuple[Tensor, list[str]]:
+    """Taylor scores from the gradients that the parameters have."""
+    weights = dict(network.named_parameters())
+    names, gradients = weight_names(weights, plan), {name: weight.grad for name, weight in weights.items()}
+
+    def product(name: str) -> Tensor | None:
+        gradient = gradients[name]
+        return None if gradient is None else weights[name].detach() * gradient
+
+    def flag(name: str) -> Tensor:
+        return torch.full_like(weights[name], float(gradients[name] is not None)).detach()
+
+    sums, reached = slice_sums(plan, names, product), slice_sums(plan, names, flag) > 0
+    return taylor_scores(plan, slice_slots(plan, names), sums, reached, torch.full((plan.num_channels,), fallback))
+
+
+def test_a_taylor_score_is_the_mean_over_the_slices_of_the_absolute_sums_of_weight_times_gradient() -> None:
+    network = Toy()
+    _, plan = traced(network)
+    network.first.weight.grad = torch.tensor([[1.0, -1.0], [0.5, 0.0], [-1.0, -1.0]])
+    network.last.weight.grad = torch.tensor([[2.0, 0.0, 1.0], [-1.0, 0.0, -1.0]])
+
+    scores, unreached = taylor(network, plan)
+
+    # (|1 - 2| + |2 - 4|) / 2, (|1.5| + |0|) / 2, (|-5 - 6| + |3 - 6|) / 2
+    assert scores.tolist() == [1.5, 0.75, 7.0] and unreached == []
+
+
+def test_weights_without_a_gradient_contribute_nothing_to_a_taylor_score() -> None:
+    network = Toy()
+    _, plan = traced(network)
+    network.first.weight.grad = torch.tensor([[1.0, -1.0], [0.5, 0.0], [-1.0, -1.0]])
+
+    scores, unreached = taylor(network, plan)
+
+    assert scores.tolist() == [1.0, 1.5, 11.0] and unreached == []
+
+
+def test_a_group_that_no_gradient_reaches_is_named_and_takes_the_fallback() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(2, 1))
+    plan = trace_plan(network, (torch.ones(1, 2),))
+    network[2].weight.grad = torch.ones(1, 2)
+
+    scores, unreached = taylor(network, plan)
+
+    assert unreached == ["0"]
+    by_name = {group.name: scores[group.channels].tolist() for group in plan.groups}
+    assert by_name["0"] == [-1.0] * 3
+    assert by_name["1"] == network[2].weight[0].abs().tolist()
+
+
+def test_scores_of_the_callers_own_are_taken_as_they_are_on_the_cpu() -> None:
+    network = Toy()
+    _, plan = traced(network)
+    given = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+
+    scores = custom_scores(lambda denoiser, plan: given if denoiser is network else None, network, plan)
+
+    assert scores.tolist() == [3.0, 1.0, 2.0] and scores.dtype == torch.float32 and not scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        ([1.0, 2.0, 3.0], "returned a list, but must return a floating-point tensor of shape \\(3,\\)"),
+        (torch.ones(2), "returned a torch.float32 tensor of shape \\(2,\\), but must return .* of shape \\(3,\\)"),
+        (torch.ones(3, 1), "of shape \\(3, 1\\), but must return a floating-point tensor of shape \\(3,\\)"),
+        (torch.arange(3), "returned a torch.int64 tensor of shape \\(3,\\), but must return a floating-point tensor"),
+        (torch.tensor([1.0, float("nan"), float("inf")]), "returned 2 scores of shape .* that are NaN or infinite"),
+    ],
+)
+def test_a_function_that_gives_no_scores_is_refused_with_what_it_gave_and_what_is_needed(returned, found) -> None:
+    network = Toy()
+    _, plan = traced(network)
+
+    def mine(denoiser: nn.Module, plan: ChannelPlan) -> Any:
+        return returned
+
+    with pytest.raises(ValueError, match=f"criterion=<function .*mine.* {found}"):
+        custom_scores(mine, network, plan)
 
 
 def test_names_that_are_not_the_plans_are_refused() -> None:

@@ -58,11 +58,15 @@ def _sliced_tensors(module: nn.Module, handler: Any, names: Mapping[int, str]) -
     return [(names[id(tensor)], dim) for tensor, dim in sliced if tensor is not None]
 
 
-def scores_of_torch_pruning(network: nn.Module, inputs: Sequence[Any], last: nn.Module) -> dict[Slice, float]:
-    """Its group magnitude importance (squared weights, mean over a group), by the slices of output channels."""
+def scores_of_torch_pruning(
+    network: nn.Module, inputs: Sequence[Any], last: nn.Module, importance: Any = None
+) -> dict[Slice, float]:
+    """Its group importance, by the slices of output channels; squared weights, mean over a group, by default."""
     graph = torch_pruning.DependencyGraph().build_dependency(network, example_inputs=inputs)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean", normalizer=None)
+    importance = importance or torch_pruning.importance.GroupMagnitudeImportance(
+        p=2, group_reduction="mean", normalizer=None
+    )
     scores: dict[Slice, float] = {}
     for group in graph.get_all_groups(ignored_layers=[last]):
         root = group[0].dep.target.module
