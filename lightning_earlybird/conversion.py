@@ -16,7 +16,7 @@ from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall
-from lightning_earlybird.regions import TimestepPartition
+from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.structure import (
     ChannelPlan,
     StructureError,
@@ -88,7 +88,7 @@ def convert(
     found: FoundDenoiser,
     partition: TimestepPartition,
     masks: Sequence[TicketMask],
-    emerged: Mapping[float, int],
+    emerged: Mapping[TimestepRegion, int],
     *,
     initial_weights: Mapping[str, Tensor] | None = None,
 ) -> TicketEnsemble:
@@ -100,7 +100,7 @@ def convert(
         found: The denoiser.
         partition: The regions that the tickets serve.
         masks: One mask a region.
-        emerged: Sparsity -> step at which it emerged; sparsities that are missing were taken at the search limit.
+        emerged: Region -> step at which its ticket emerged; regions that are missing were taken at the search limit.
         initial_weights: The denoiser's state dict at initialisation: tickets restart from it, with fresh optimizer
             state. None keeps what was learned.
 
@@ -135,7 +135,7 @@ def convert(
     for region, mask, ticket in zip(partition, masks, ensemble.tickets, strict=True):
         with torch.compiler.set_stance("force_eager"):
             macs = count_macs(ticket, *found.call.for_network(ticket))
-        searched = emerged.get(region.sparsity)
+        searched = emerged.get(region)
         facts.append(
             TicketFacts(
                 region=region,

@@ -20,13 +20,21 @@ from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
-from lightning_earlybird.importance import CRITERIA, Criterion, channel_scores
+from lightning_earlybird.importance import (
+    GRADIENT_CRITERIA,
+    Criterion,
+    channel_scores,
+    check_criterion,
+    custom_scores,
+)
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
-from lightning_earlybird.regions import TimestepPartition
+from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
-from lightning_earlybird.search import TicketSearch, named_metrics
+from lightning_earlybird.scoring import GradientScorer
+from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
 from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
+from lightning_earlybird.untouched import isolated_rng, seed_everything_by
 
 
 class EarlyBirdDetector(pl.Callback):
@@ -43,7 +51,9 @@ class EarlyBirdDetector(pl.Callback):
 
     Differs from the paper: masks are drawn from the raw weights by default, not from averaged ones, in which the
     initialisation lives on for long and which therefore seem settled early; widths are exact counts, rounded to
-    ``round_to``.
+    ``round_to``. Of Diff-Pruning (arXiv 2305.10924) differs that a sample's loss is told from the squared norm of the
+    gradient of the denoiser's output (for a mean squared error that is the loss, up to a factor), and that the largest
+    loss is that of the region which the ticket will serve.
 
     Args:
         sparsities: Fractions of channels to remove, each in (0, 1).
@@ -53,7 +63,15 @@ class EarlyBirdDetector(pl.Callback):
         every_n_train_steps: Check after every so many optimizer steps instead.
         window: Masks in the FIFO, the newest included.
         threshold: Largest mask distance that counts as settled.
-        criterion: ``"magnitude"``, or ``"random"`` as a control.
+        criterion: ``"magnitude"``; ``"random"`` as a control; ``"taylor"``: how much the training loss would change
+            without a channel, to first order; ``"diff_pruning"``: the same, but only timesteps of substantial loss
+            count; or a callable ``(denoiser, plan) -> scores`` of shape (plan.num_channels,), higher is more important,
+            which is tried before anything is learned. Taylor scores run ``training_step`` on a few batches at each
+            check. With a :class:`TimestepAwarePruner` they are taken over the timesteps of each region, and every
+            region gets a mask of its own: the outcomes are then keyed by region instead of sparsity.
+        score_batches: Batches of training data, on every rank, that Taylor scores are taken from.
+        score_threshold: For ``"diff_pruning"``: timesteps whose loss is below this fraction of the largest (within a
+            region, in bins of time) do not count; in [0, 1].
         weights: ``"raw"``; ``"ema"`` for the weights kept by a ``WeightAveraging`` callback; ``"auto"`` is raw.
         on_emergence: What happens when every sparsity has emerged: ``"continue"`` training, ``"stop"`` it, or
             ``"prune"``: turn the denoiser into the one traditional ticket that serves the whole time axis (needs
@@ -87,16 +105,26 @@ class EarlyBirdDetector(pl.Callback):
         window: int = 5,
         threshold: float = 0.1,
         criterion: Criterion = "magnitude",
+        score_batches: int = 4,
+        score_threshold: float = 0.1,
         weights: Literal["auto", "raw", "ema"] = "auto",
         on_emergence: Literal["continue", "stop", "prune"] = "continue",
         round_to: int | None = None,
     ) -> None:
         super().__init__()
         check_positive(every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps, round_to=round_to)
-        check_positive(window=window)
+        check_positive(window=window, score_batches=score_batches)
         if isinstance(threshold, bool) or not isinstance(threshold, int | float):
             raise ValueError(f"threshold={threshold!r} must be a number in [0, 1]: it is a mask distance.")
-        check_choice("criterion", criterion, CRITERIA)
+        check_criterion(criterion)
+        if (
+            isinstance(score_threshold, bool)
+            or not isinstance(score_threshold, int | float)
+            or not 0 <= score_threshold <= 1
+        ):
+            raise ValueError(
+                f"score_threshold={score_threshold!r} must lie in [0, 1]: it is a fraction of the largest loss."
+            )
         check_choice("weights", weights, ("auto", "raw", "ema"))
         check_choice("on_emergence", on_emergence, ("continue", "stop", "prune"))
         self._search = TicketSearch(sparsities, window=window, threshold=threshold)
@@ -112,6 +140,8 @@ class EarlyBirdDetector(pl.Callback):
         self.window = window
         self.threshold = threshold
         self.criterion: Criterion = criterion
+        self.score_batches = score_batches
+        self.score_threshold = score_threshold
         self.weights = weights
         self.on_emergence = on_emergence
         self.round_to = round_to
@@ -122,46 +152,62 @@ class EarlyBirdDetector(pl.Callback):
         self._finished = False  # the denoiser has been replaced: there is nothing left to search
         self._served_denoiser: str | None = None
         self._served_round_to: int | None = None
+        self._served_partition: TimestepPartition | None = None
+        self._scorer = self._new_scorer()
         self._warned_of_inertia = False
         self._unfollow: Callable[[], None] | None = None
 
     # --- outcomes
 
     @property
-    def emerged(self) -> dict[float, int]:
-        """Sparsity -> optimizer step at which its ticket emerged."""
+    def emerged(self) -> dict[SearchKey, int]:
+        """Sparsity (or region, see ``criterion``) -> optimizer step at which its ticket emerged."""
         return self._search.emerged
 
     @property
-    def masks(self) -> dict[float, TicketMask]:
-        """Sparsity -> the newest mask; empty before the first check."""
-        return {s: window.newest for s, window in self.windows.items() if window.newest is not None}
+    def masks(self) -> dict[SearchKey, TicketMask]:
+        """Sparsity (or region) -> the newest mask; empty before the first check."""
+        return {key: window.newest for key, window in self.windows.items() if window.newest is not None}
 
     @property
-    def distances(self) -> dict[float, list[MaskCheck]]:
-        """Sparsity -> every check so far, oldest first."""
-        return {s: window.checks for s, window in self.windows.items()}
+    def distances(self) -> dict[SearchKey, list[MaskCheck]]:
+        """Sparsity (or region) -> every check so far, oldest first."""
+        return {key: window.checks for key, window in self.windows.items()}
 
     @property
-    def windows(self) -> dict[float, MaskWindow]:
-        """Sparsity -> the masks behind the checks, for figures."""
+    def windows(self) -> dict[SearchKey, MaskWindow]:
+        """Sparsity (or region) -> the masks behind the checks, for figures."""
         return self._search.windows
 
-    def ticket(self, sparsity: float) -> TicketMask:
-        """The mask that emerged.
+    def key(self, wanted: SearchKey) -> SearchKey:
+        """Under which sparsity or region the masks for ``wanted`` are kept.
+
+        Args:
+            wanted: A region, or a sparsity.
 
         Raises:
-            KeyError: If the sparsity is not searched for.
+            KeyError: It is not searched for, or several regions have that sparsity.
+        """
+        return self._search.key(wanted)
+
+    def ticket(self, wanted: SearchKey) -> TicketMask:
+        """The mask that emerged.
+
+        Args:
+            wanted: A sparsity, or a region.
+
+        Raises:
+            KeyError: If it is not searched for, or several regions have that sparsity.
             LookupError: If its ticket has not emerged.
         """
-        if sparsity not in self.windows:
-            raise KeyError(f"sparsity={sparsity} is not searched for. This detector has {list(self.windows)}.")
-        if sparsity not in self._search.tickets:
+        key = self.key(wanted)
+        if key not in self._search.tickets:
+            name = describe(key) if isinstance(key, TimestepRegion) else f"sparsity={key}"
             raise LookupError(
-                f"sparsity={sparsity}: no ticket has emerged in {len(self.windows[sparsity].checks)} checks. "
-                "Train longer, or raise threshold."
+                f"{name}: no ticket has emerged in {len(self.windows[key].checks)} checks. Train longer, or raise "
+                "threshold."
             )
-        return self._search.tickets[sparsity]
+        return self._search.tickets[key]
 
     @property
     @override
@@ -178,6 +224,8 @@ class EarlyBirdDetector(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
+        if self._scorer is not None:
+            self._scorer.check(pl_module)
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if self.weights == "ema" and not averaging:
             raise MisconfigurationException(
@@ -185,7 +233,8 @@ class EarlyBirdDetector(pl.Callback):
                 "weights='raw'."
             )
         if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
-            self._search = TicketSearch(self.sparsities, window=self.window, threshold=self.threshold)
+            self._search = self._new_search()
+            self._scorer = self._new_scorer()
             self.found, self._finished, self._last_check_step = None, False, -1
             self._warned_of_inertia = False
 
@@ -248,6 +297,11 @@ class EarlyBirdDetector(pl.Callback):
             self.check(trainer, pl_module)
 
     @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._scorer is not None:
+            self._scorer.tell_total()
+
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -267,7 +321,7 @@ class EarlyBirdDetector(pl.Callback):
     # --- the search
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw one mask per sparsity from the present weights, and see whether tickets have emerged.
+        """Draw one mask per sparsity or region from the present weights, and see whether tickets have emerged.
 
         Once for an optimizer step: with accumulation several batches share one, and the first of them has checked it.
         """
@@ -280,39 +334,70 @@ class EarlyBirdDetector(pl.Callback):
         if self.weights == "ema" and any(check.distance is not None for check in checks.values()):
             self._warn_of_inertia(trainer)
         metrics = named_metrics(checks)
-        for sparsity, check in checks.items():
+        if self._scorer is not None:
+            metrics["earlybird/scoring_seconds"] = self._scorer.last_seconds
+        for key, check in checks.items():
+            name = short_name(key)
             if check.distance is not None:
                 # The same on every rank; synchronised all the same, or Lightning warns that it may not be.
-                pl_module.log(f"distance/{sparsity:g}", check.distance, prog_bar=True, logger=False, sync_dist=True)
+                pl_module.log(f"distance/{name}", check.distance, prog_bar=True, logger=False, sync_dist=True)
             # Every rank scores the same weights, yet a switch on one rank only would hang the others: they vote.
             converged = trainer.strategy.reduce_boolean_decision(check.converged, all=True)
-            if converged and sparsity not in self.emerged:
-                self._search.emerge(sparsity, masks[sparsity], step)
-                metrics[f"earlybird/emerged/{sparsity:g}"] = step
-                self._announce(sparsity, check)
+            if converged and key not in self.emerged:
+                self._search.emerge(key, masks[key], step)
+                metrics[f"earlybird/emerged/{name}"] = step
+                self._announce(key, check)
         log_metrics(trainer, metrics)
         if self._search.done and self.on_emergence == "stop":
             rank_zero_info("EarlyBirdDetector: every ticket has emerged; training stops.")
             trainer.should_stop = True
 
-    def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[float, TicketMask]:
-        """One mask per sparsity from the present weights; nothing is recorded.
+    def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[SearchKey, TicketMask]:
+        """One mask per sparsity or region from the present weights; nothing is recorded.
 
         Raises:
-            NonFiniteWeightsError: If a parameter of the denoiser is NaN or infinite.
+            NonFiniteWeightsError: If a parameter of the denoiser, or a gradient, is NaN or infinite.
+            ValueError: If a callable criterion does not give one finite score for each channel.
         """
         assert self.found is not None
+        plan, scores = self.found.plan, self._scores(trainer, pl_module, self.found)
+        return {key: draw_mask(plan, scores[key], sparsity_of(key), round_to=self._rounding) for key in self.windows}
+
+    def _scores(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser
+    ) -> dict[SearchKey, Tensor]:
+        """The scores behind each mask, each of shape (num_channels,); the same on all ranks."""
         root = pl_module
         if self.weights == "ema":
             (root,) = averaged_modules(trainer)[:1]
-        network = unwrap(root.get_submodule(self.found.call.name))
-        # Seeded by the step, so that the random control agrees between ranks.
-        generator = torch.Generator().manual_seed(trainer.global_step)
-        scores = channel_scores(dict(network.named_parameters()), self.found.plan, self.criterion, generator)
-        return {s: draw_mask(self.found.plan, scores, s, round_to=self._rounding) for s in self.windows}
+        network = unwrap(root.get_submodule(found.call.name))
+        if self._scorer is not None:
+            partition = self._regions or TimestepPartition.whole(0.0)
+            averaged = None if root is pl_module else network
+            by_region = self._scorer.score(trainer, pl_module, found, partition, averaged)
+            if self._regions is None:
+                return dict.fromkeys(self.windows, by_region[0])
+            scored = dict(zip(partition, by_region, strict=True))
+            return {key: scored[key] for key in self.windows if isinstance(key, TimestepRegion)}
+        if self.criterion == "magnitude":
+            # Not broadcast: added up in a fixed order, from weights that DDP keeps equal.
+            return dict.fromkeys(self.windows, channel_scores(dict(network.named_parameters()), found.plan))
+        if callable(self.criterion):
+            with isolated_rng():
+                seed_everything_by(trainer.global_step)
+                scores = custom_scores(self.criterion, network, found.plan)
+        else:
+            generator = torch.Generator().manual_seed(trainer.global_step)
+            scores = channel_scores(dict(network.named_parameters()), found.plan, "random", generator)
+        return dict.fromkeys(self.windows, trainer.strategy.broadcast(scores))
 
-    def serve(self, *, denoiser: str | None, round_to: int) -> None:
+    def serve(self, *, denoiser: str | None, round_to: int, partition: TimestepPartition | None = None) -> None:
         """Take the settings of the pruner that will use the masks.
+
+        Args:
+            denoiser: Its name for the denoiser.
+            round_to: Its rounding.
+            partition: The regions that its tickets will serve.
 
         Raises:
             MisconfigurationException: If the two were given settings that contradict each other.
@@ -330,12 +415,36 @@ class EarlyBirdDetector(pl.Callback):
                 )
         self._served_denoiser = denoiser
         self._served_round_to = round_to
+        self._served_partition = partition
+        fresh = self._new_search()
+        if not self._search.started and list(fresh.windows) != list(self._search.windows):
+            self._search = fresh
 
     def finish(self) -> None:
         """Stop searching: the denoiser has been replaced."""
         self._stop_probe()
+        if self._scorer is not None:
+            self._scorer.tell_total()
         self._finished = True
         self.found = None
+
+    @property
+    def _regions(self) -> TimestepPartition | None:
+        """The regions that have masks of their own; None where the regions of one sparsity share one."""
+        partition = self._served_partition
+        if self._scorer is None or partition is None or not any(region.sparsity for region in partition):
+            return None
+        return partition
+
+    def _new_scorer(self) -> GradientScorer | None:
+        if self.criterion not in GRADIENT_CRITERIA:
+            return None
+        assert isinstance(self.criterion, str)
+        return GradientScorer(self.criterion, batches=self.score_batches, threshold=self.score_threshold)
+
+    def _new_search(self) -> TicketSearch:
+        regions = self._regions.regions if self._regions is not None else ()
+        return TicketSearch(self.sparsities, window=self.window, threshold=self.threshold, regions=regions)
 
     @property
     def _rounding(self) -> int:
@@ -385,9 +494,10 @@ class EarlyBirdDetector(pl.Callback):
             self._unfollow = None
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser) -> None:
-        ((sparsity, mask),) = self.masks.items()
-        partition = TimestepPartition.whole(sparsity)
-        ensemble = convert(trainer, pl_module, found, partition, [mask], self.emerged)
+        ((key, mask),) = self.masks.items()
+        partition = TimestepPartition.whole(sparsity_of(key))
+        emerged = {partition.regions[0]: self.emerged[key]}
+        ensemble = convert(trainer, pl_module, found, partition, [mask], emerged)
         self.finish()
         assert ensemble.record is not None
         rank_zero_info(
@@ -396,22 +506,22 @@ class EarlyBirdDetector(pl.Callback):
         )
         log_ticket_table(trainer, "earlybird/tickets", ensemble.record.facts)
 
-    def _announce(self, sparsity: float, check: MaskCheck) -> None:
+    def _announce(self, key: SearchKey, check: MaskCheck) -> None:
         inertia = ""
         if check.from_start is not None and check.from_start <= self.threshold:
             inertia = " This is still the mask of the initial weights: little has been learned between checks."
         rank_zero_info(
-            f"EarlyBirdDetector: the ticket of sparsity {sparsity:g} emerged at step {check.step}: its mask is at most "
+            f"EarlyBirdDetector: the ticket of {describe(key)} emerged at step {check.step}: its mask is at most "
             f"{check.distance:.3f} away from the {self.window - 1} before it ({check.from_start or 0:.3f} from the "
-            f"initial one; two random masks: {self.windows[sparsity].null_distance:.3f}).{inertia}"
+            f"initial one; two random masks: {self.windows[key].null_distance:.3f}).{inertia}"
         )
 
-    def _warn_of_whole_masks(self, masks: dict[float, TicketMask]) -> None:
-        for sparsity, mask in masks.items():
+    def _warn_of_whole_masks(self, masks: dict[SearchKey, TicketMask]) -> None:
+        for key, mask in masks.items():
             if mask.sparsity == 0:
                 rank_zero_warn(
-                    f"sparsity={sparsity:g} removes no channel: rounded to multiples of {self._rounding}, every width "
-                    "of this denoiser stays as it is. Use a smaller round_to, or a wider denoiser."
+                    f"sparsity={sparsity_of(key):g} removes no channel: rounded to multiples of {self._rounding}, "
+                    "every width of this denoiser stays as it is. Use a smaller round_to, or a wider denoiser."
                 )
 
     def _warn_of_inertia(self, trainer: pl.Trainer) -> None:

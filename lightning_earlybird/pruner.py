@@ -22,7 +22,7 @@ from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.probe import check_name
-from lightning_earlybird.regions import RegionLike, TimestepPartition
+from lightning_earlybird.regions import RegionLike, TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import (
     MATPLOTLIB_AVAILABLE,
     distance_figure,
@@ -33,6 +33,7 @@ from lightning_earlybird.reporting import (
     ticket_table,
 )
 from lightning_earlybird.saved_tickets import take_saved_tickets
+from lightning_earlybird.search import SearchKey, describe, short_name
 from lightning_earlybird.switch_loss import SwitchLoss
 from lightning_earlybird.tickets import (
     TicketFacts,
@@ -221,9 +222,12 @@ class TimestepAwarePruner(pl.Callback):
             _write(trainer, found[1], self.directory / "ensemble")
             rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(self.directory / 'ensemble')!r}.")
         elif self.detector is not None:
+            emerged = self.detector.emerged
             progress = {
-                s: f"emerged at step {self.detector.emerged[s]}" if s in self.detector.emerged else _last(window.checks)
-                for s, window in self.detector.windows.items()
+                short_name(key) if isinstance(key, TimestepRegion) else key: f"emerged at step {emerged[key]}"
+                if key in emerged
+                else _last(window.checks)
+                for key, window in self.detector.windows.items()
             }
             rank_zero_warn(
                 f"TimestepAwarePruner: the fit ended during the search, the denoiser is still dense ({progress}). "
@@ -251,17 +255,17 @@ class TimestepAwarePruner(pl.Callback):
         needed = [sparsity for sparsity in partition.sparsities if sparsity > 0]
         callbacks: list[pl.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
         present = [callback for callback in callbacks if isinstance(callback, EarlyBirdDetector)]
-        covering = [detector for detector in present if set(needed) <= set(detector.windows)]
+        covering = [detector for detector in present if set(needed) <= set(detector.sparsities)]
         if present and len(covering) != 1:
             problem = "none covers" if not covering else "more than one covers"
+            offered = [[float(s) for s in detector.sparsities] for detector in present]
             raise MisconfigurationException(
-                f"regions need the sparsities {needed}, and of the EarlyBirdDetectors with "
-                f"{[list(detector.windows) for detector in present]} {problem} them. Give one detector all of them, or "
-                "none: the pruner then brings its own."
+                f"regions need the sparsities {needed}, and of the EarlyBirdDetectors with {offered} {problem} them. "
+                "Give one detector all of them, or none: the pruner then brings its own."
             )
         # Where every region stays dense nothing has to settle, but the denoiser must be found all the same.
         self.detector = covering[0] if covering else EarlyBirdDetector(needed or [0.5])
-        self.detector.serve(denoiser=self.denoiser, round_to=self.round_to)
+        self.detector.serve(denoiser=self.denoiser, round_to=self.round_to, partition=partition)
         callbacks = [callback for callback in callbacks if callback is not self.detector]
         callbacks.insert(callbacks.index(self), self.detector)
         # A new list: Lightning is iterating over the old one at this moment.
@@ -273,18 +277,19 @@ class TimestepAwarePruner(pl.Callback):
         detector, partition = self.detector, self._partition
         if self.switched_at is not None or partition is None or detector is None or detector.found is None:
             return
-        missing = [s for s in partition.sparsities if s > 0 and s not in detector.emerged]
+        needed = dict.fromkeys(detector.key(region) for region in _by_sparsity(partition) if region.sparsity > 0)
+        missing = [key for key in needed if key not in detector.emerged]
         if missing and (self.max_search_steps is None or trainer.global_step < self.max_search_steps):
             return
         if missing and self.on_search_limit == "raise":
             raise SearchLimitError(
-                f"max_search_steps={self.max_search_steps}: the tickets of sparsity {missing} have not emerged by step "
+                f"max_search_steps={self.max_search_steps}: the tickets of {_listed(missing)} have not emerged by step "
                 f"{trainer.global_step}. Raise max_search_steps or threshold, or take the masks as they are with "
                 "on_search_limit='prune'."
             )
         if missing:
             rank_zero_warn(
-                f"max_search_steps={self.max_search_steps} reached: the masks of sparsity {missing} are taken as they "
+                f"max_search_steps={self.max_search_steps} reached: the masks of {_listed(missing)} are taken as they "
                 "are, although they have not settled."
             )
         self._switch(trainer, pl_module, detector, partition)
@@ -299,8 +304,10 @@ class TimestepAwarePruner(pl.Callback):
         assert detector.found is not None and self.directory is not None
         found = detector.found
         drawn = detector.draw(trainer, pl_module)
-        masks = [drawn[region.sparsity] if region.sparsity > 0 else found.plan.full_mask() for region in partition]
-        ensemble = convert(trainer, pl_module, found, partition, masks, detector.emerged, initial_weights=self._initial)
+        keys = {region: detector.key(region) for region in partition if region.sparsity > 0}
+        masks = [drawn[keys[region]] if region in keys else found.plan.full_mask() for region in partition]
+        emerged = {region: detector.emerged[key] for region, key in keys.items() if key in detector.emerged}
+        ensemble = convert(trainer, pl_module, found, partition, masks, emerged, initial_weights=self._initial)
         assert ensemble.record is not None
         detector.finish()
         self._initial = self._seen = None
@@ -420,6 +427,15 @@ def _default_directory(trainer: pl.Trainer) -> Path:
     while (root / f"version_{number}").exists():
         number += 1
     return root / f"version_{number}"
+
+
+def _by_sparsity(partition: TimestepPartition) -> list[TimestepRegion]:
+    return sorted(partition, key=lambda region: region.sparsity)
+
+
+def _listed(keys: Sequence[SearchKey]) -> str:
+    regions = [describe(key) for key in keys if isinstance(key, TimestepRegion)]
+    return ", ".join(regions) if regions else f"sparsity {list(keys)}"
 
 
 def _last(checks: Sequence[Any]) -> str:

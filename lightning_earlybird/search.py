@@ -64,8 +64,8 @@ class TicketSearch:
             raise KeyError(f"sparsity={wanted} is not searched for. This detector has {known}.")
         if len(alike) > 1:
             raise KeyError(
-                f"sparsity={wanted} is that of {len(alike)} regions, {', '.join(map(describe, alike))}, each with a mask "
-                "of its own. Ask for one of the regions."
+                f"sparsity={wanted} is that of {len(alike)} regions, {', '.join(map(describe, alike))}, each with a "
+                "mask of its own. Ask for one of the regions."
             )
         return alike[0]
 

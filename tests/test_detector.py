@@ -525,7 +525,12 @@ def test_manual_optimization_under_autocast_finds_the_same_channels() -> None:
         ({"round_to": 0}, "round_to=0 must be an integer of at least 1"),
         ({"window": 1}, "window=1 must be at least 2"),
         ({"threshold": 1.5}, r"threshold=1.5 must lie in \[0, 1\]"),
-        ({"criterion": "taylor"}, "criterion='taylor' must be one of 'magnitude', 'random'"),
+        (
+            {"criterion": "l1"},
+            "criterion='l1' must be one of 'magnitude', 'random', 'taylor', 'diff_pruning', or a call",
+        ),
+        ({"score_batches": 0}, "score_batches=0 must be an integer of at least 1"),
+        ({"score_threshold": 1.5}, r"score_threshold=1.5 must lie in \[0, 1\]: it is a fraction of the largest loss"),
         ({"weights": "average"}, "weights='average' must be one of 'auto', 'raw', 'ema'"),
         ({"on_emergence": "exit"}, "on_emergence='exit' must be one of 'continue', 'stop', 'prune'"),
         (
