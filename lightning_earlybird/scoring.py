@@ -132,6 +132,10 @@ class GradientScorer:
         self._newest = trainer.global_step, scores
         return scores
 
+    def forget(self) -> None:
+        """Score anew even at an optimizer step that has been scored."""
+        self._newest = None
+
     def tell_total(self) -> None:
         """Say what scoring has cost, once the search or the fit is over; once."""
         if self.checks > 1:
@@ -151,7 +155,7 @@ class GradientScorer:
         steps = batches * (1.0 if self.passes == 1 else 4 / 3)
         rank_zero_info(
             f"EarlyBirdDetector: scoring by criterion={self.criterion!r} took {self.last_seconds:.1f} s for {batches} "
-            f"batches, about {steps:.0f} training steps, and will do so at every check."
+            f"batches, the cost of about {steps:.1f} training steps, and will do so at every check."
         )
 
     def _scores(

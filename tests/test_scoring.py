@@ -22,10 +22,12 @@ from lightning_earlybird import (
     NonFiniteWeightsError,
     TicketEnsemble,
     TimestepAwarePruner,
+    TimestepPartition,
     TimestepRegion,
 )
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.score_batches import scoring_batches
+from lightning_earlybird.scoring import GradientScorer
 from lightning_earlybird.structure import ChannelPlan
 from lightning_earlybird.transition import averaged_modules
 from lightning_earlybird.untouched import isolated_rng, seed_everything_by
@@ -331,22 +333,24 @@ def test_the_training_is_bit_identical_whatever_scores_the_channels(criterion, s
 
 
 def test_pending_gradients_stay_the_same_tensors_with_the_same_bits() -> None:
-    detector, seen = detector_for(every_n_train_steps=None), []
+    detector, seen = detector_for("magnitude"), []
+    scorer = GradientScorer("diff_pruning", batches=2, threshold=0.1)
 
     class Score(pl.Callback):
         def on_after_backward(self, trainer, pl_module):
-            if detector.found is None:
-                return
             before = {name: (p.grad, p.grad.clone()) for name, p in pl_module.named_parameters() if p.grad is not None}
             data = [p.data_ptr() for p in pl_module.parameters()]
-            detector.draw(trainer, pl_module)
+            calls = len(pl_module.losses)
+            scorer.score(trainer, pl_module, detector.found, TimestepPartition.of(HALVES, overlap=20))
+            scorer.forget()
+            assert len(pl_module.losses) == calls
             assert data == [p.data_ptr() for p in pl_module.parameters()]
             after = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             assert before.keys() == after.keys()
             seen.append(all(after[n] is grad and torch.equal(grad, copy) for n, (grad, copy) in before.items()))
 
     fit(Lit(), detector, Score(), max_epochs=1, accumulate_grad_batches=4)
-    assert seen == [True] * 4
+    assert seen == [True] * 4 and scorer.checks == 4
 
 
 def test_a_network_that_normalises_its_weights_in_forward_keeps_them_and_its_first_step() -> None:
@@ -405,7 +409,12 @@ def test_the_cost_of_scoring_is_logged_and_said(criterion: str, steps: int, tmp_
         seconds = [row["earlybird/scoring_seconds"] for row in csv.DictReader(file)]
     assert len([value for value in seconds if value and float(value) > 0]) == 4
     assert f"scoring by criterion='{criterion}' took" in caplog.text
-    assert caplog.text.count(f"s for 3 batches, about {steps} training steps, and will do so at every check") == 1
+    assert (
+        caplog.text.count(
+            f"s for 3 batches, the cost of about {steps:.1f} training steps, and will do so at every check"
+        )
+        == 1
+    )
     assert caplog.text.count("s in 5 checks.") == 1
     assert "Scoring channels: " in capsys.readouterr().err
 
