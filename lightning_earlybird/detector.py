@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -20,21 +19,14 @@ from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
-from lightning_earlybird.importance import (
-    GRADIENT_CRITERIA,
-    Criterion,
-    channel_scores,
-    check_criterion,
-    custom_scores,
-)
+from lightning_earlybird.importance import Criterion, check_criterion
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
-from lightning_earlybird.scoring import GradientScorer
+from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
 from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
-from lightning_earlybird.untouched import isolated_rng, seed_everything_by
 
 
 class EarlyBirdDetector(pl.Callback):
@@ -224,8 +216,8 @@ class EarlyBirdDetector(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
-        if self._scorer is not None:
-            self._scorer.check(pl_module)
+        if self._scorer.gradients is not None:
+            self._scorer.gradients.check(pl_module)
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if self.weights == "ema" and not averaging:
             raise MisconfigurationException(
@@ -298,8 +290,8 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._scorer is not None:
-            self._scorer.tell_total()
+        if self._scorer.gradients is not None:
+            self._scorer.gradients.tell_total()
 
     @override
     def on_save_checkpoint(
@@ -334,8 +326,8 @@ class EarlyBirdDetector(pl.Callback):
         if self.weights == "ema" and any(check.distance is not None for check in checks.values()):
             self._warn_of_inertia(trainer)
         metrics = named_metrics(checks)
-        if self._scorer is not None:
-            metrics["earlybird/scoring_seconds"] = self._scorer.last_seconds
+        if self._scorer.gradients is not None:
+            metrics["earlybird/scoring_seconds"] = self._scorer.gradients.last_seconds
         for key, check in checks.items():
             name = short_name(key)
             if check.distance is not None:
@@ -360,36 +352,16 @@ class EarlyBirdDetector(pl.Callback):
             ValueError: If a callable criterion does not give one finite score for each channel.
         """
         assert self.found is not None
-        plan, scores = self.found.plan, self._scores(trainer, pl_module, self.found)
-        return {key: draw_mask(plan, scores[key], sparsity_of(key), round_to=self._rounding) for key in self.windows}
-
-    def _scores(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser
-    ) -> dict[SearchKey, Tensor]:
-        """The scores behind each mask, each of shape (num_channels,); the same on all ranks."""
-        root = pl_module
+        averaged = None
         if self.weights == "ema":
-            (root,) = averaged_modules(trainer)[:1]
-        network = unwrap(root.get_submodule(found.call.name))
-        if self._scorer is not None:
-            partition = self._regions or TimestepPartition.whole(0.0)
-            averaged = None if root is pl_module else network
-            by_region = self._scorer.score(trainer, pl_module, found, partition, averaged)
-            if self._regions is None:
-                return dict.fromkeys(self.windows, by_region[0])
-            scored = dict(zip(partition, by_region, strict=True))
-            return {key: scored[key] for key in self.windows if isinstance(key, TimestepRegion)}
-        if self.criterion == "magnitude":
-            # Not broadcast: added up in a fixed order, from weights that DDP keeps equal.
-            return dict.fromkeys(self.windows, channel_scores(dict(network.named_parameters()), found.plan))
-        if callable(self.criterion):
-            with isolated_rng():
-                seed_everything_by(trainer.global_step)
-                scores = custom_scores(self.criterion, network, found.plan)
-        else:
-            generator = torch.Generator().manual_seed(trainer.global_step)
-            scores = channel_scores(dict(network.named_parameters()), found.plan, "random", generator)
-        return dict.fromkeys(self.windows, trainer.strategy.broadcast(scores))
+            averaged = unwrap(averaged_modules(trainer)[0].get_submodule(self.found.call.name))
+        regions = self._regions
+        scores = self._scorer.score(trainer, pl_module, self.found, regions, averaged)
+        masks: dict[SearchKey, TicketMask] = {}
+        for key in self.windows:
+            index = regions.regions.index(key) if isinstance(key, TimestepRegion) and regions is not None else 0
+            masks[key] = draw_mask(self.found.plan, scores[index], sparsity_of(key), round_to=self._rounding)
+        return masks
 
     def serve(self, *, denoiser: str | None, round_to: int, partition: TimestepPartition | None = None) -> None:
         """Take the settings of the pruner that will use the masks.
@@ -423,8 +395,8 @@ class EarlyBirdDetector(pl.Callback):
     def finish(self) -> None:
         """Stop searching: the denoiser has been replaced."""
         self._stop_probe()
-        if self._scorer is not None:
-            self._scorer.tell_total()
+        if self._scorer.gradients is not None:
+            self._scorer.gradients.tell_total()
         self._finished = True
         self.found = None
 
@@ -432,15 +404,12 @@ class EarlyBirdDetector(pl.Callback):
     def _regions(self) -> TimestepPartition | None:
         """The regions that have masks of their own; None where the regions of one sparsity share one."""
         partition = self._served_partition
-        if self._scorer is None or partition is None or not any(region.sparsity for region in partition):
+        if partition is None or self._scorer.gradients is None or not any(region.sparsity for region in partition):
             return None
         return partition
 
-    def _new_scorer(self) -> GradientScorer | None:
-        if self.criterion not in GRADIENT_CRITERIA:
-            return None
-        assert isinstance(self.criterion, str)
-        return GradientScorer(self.criterion, batches=self.score_batches, threshold=self.score_threshold)
+    def _new_scorer(self) -> ChannelScorer:
+        return ChannelScorer(self.criterion, batches=self.score_batches, threshold=self.score_threshold)
 
     def _new_search(self) -> TicketSearch:
         regions = self._regions.regions if self._regions is not None else ()

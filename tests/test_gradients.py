@@ -93,7 +93,8 @@ def test_estimates_without_gradients_do_not_count_and_those_with_gradients_are_f
         assert_close(total, torch.autograd.grad(loss(detached), list(network.parameters())))
 
 
-def test_the_caller_may_write_to_the_output_and_forward_is_given_back() -> None:
+@pytest.mark.parametrize("partition", [THREE, TimestepPartition.whole(0.5)])
+def test_the_caller_may_write_to_the_output_and_forward_is_given_back(partition: TimestepPartition) -> None:
     network = Mlp()
     x = torch.randn(len(STEPS), 2)
 
@@ -102,7 +103,7 @@ def test_the_caller_may_write_to_the_output_and_forward_is_given_back() -> None:
         output += 1
         return output.square().mean()
 
-    found = by_region(network, loss)
+    found = by_region(network, loss, partition)
 
     assert "forward" not in vars(network)
     total = [sum(parts) for parts in zip(*found.values(), strict=True)]

@@ -244,6 +244,16 @@ class TestFigures:
         (legend,) = figure.legends
         assert {text.get_text() for text in legend.get_texts()} == set(lines)
 
+    def test_panels_of_regions_come_along_the_time_axis_and_name_region_and_sparsity(self) -> None:
+        windows = {TimestepRegion(300, 1000, 0.5): settled_window(), TimestepRegion(0, 300, 0.5): MaskWindow()}
+        titles = [axis.get_title() for axis in distance_figure(windows, threshold=0.1).axes]
+        assert titles == [
+            "region [0, 300) of sparsity 0.5\nnot emerged",
+            "region [300, 1000) of sparsity 0.5\nemerged at step 300",
+        ]
+        titles = [axis.get_title() for axis in overlap_figure(windows).axes[:2]]
+        assert titles == ["region [0, 300) of sparsity 0.5", "region [300, 1000) of sparsity 0.5"]
+
     def test_panels_share_limits_that_show_the_lines_of_all(self) -> None:
         far = MaskWindow(window=2)
         far.start(mask_keeping(0, 1, 2, 3, 4))

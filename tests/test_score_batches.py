@@ -116,7 +116,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "iterable": lambda: DataLoader(Stateful(), batch_size=4),
     "without batching": lambda: DataLoader(Mapped(), batch_size=None),
     "batches of its own": lambda: DataLoader(numbers(), batch_sampler=[[0, 1], [2, 3, 4], [5]]),
-    "random subset": lambda: DataLoader(numbers(), batch_size=2, sampler=SubsetRandomSampler([1, 3, 5, 7])),
+    "random subset": lambda: DataLoader(
+        numbers(), batch_size=2, sampler=SubsetRandomSampler([1, 3, 5, 7], torch.Generator().manual_seed(4))
+    ),
     "list of tensors": lambda: {"only": [torch.arange(3), torch.arange(3, 6)]},
     "dictionary": lambda: {"a": shuffled(), "b": DataLoader(Stateful(), batch_size=3)},
     "combined": lambda: CombinedLoader([shuffled(), DataLoader(Mapped(), batch_size=2)], "min_size"),

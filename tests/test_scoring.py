@@ -14,7 +14,7 @@ import torchmetrics
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from modules import ConvNet, Lit, Mlp, OnStep, Repeatable, fit, frozen_sgd
+from modules import ConvNet, Lit, Mlp, OnStep, Repeatable, Tutorial, fit, frozen_sgd
 from torch import Tensor, nn
 
 from lightning_earlybird import (
@@ -119,11 +119,15 @@ def test_taylor_masks_can_be_those_of_the_averaged_weights() -> None:
     assert any(not torch.equal(mask, raw) for mask, _, raw in seen)
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "diff_pruning"])
-def test_tickets_of_two_regions_of_one_sparsity_keep_the_channels_that_act_in_each(criterion, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("criterion", "first"), [("taylor", "detector"), ("taylor", "pruner"), ("diff_pruning", "detector")]
+)
+def test_tickets_of_two_regions_of_one_sparsity_keep_the_channels_that_act_in_each(
+    criterion: str, first: str, tmp_path: Path
+) -> None:
     module, pruner = Lit(Gated, frozen_sgd), pruner_for(tmp_path)
     detector = detector_for(criterion, window=2, score_batches=8)
-    fit(module, detector, pruner, max_epochs=2)
+    fit(module, *((detector, pruner) if first == "detector" else (pruner, detector)), max_epochs=2)
     assert detector.emerged == {EARLY: 2, LATE: 2} and pruner.switched_at == 2
     assert detector.ticket(EARLY).kept["up"].tolist() == FIRST_HALF
     assert detector.ticket(LATE).kept["up"].tolist() == SECOND_HALF
@@ -207,11 +211,25 @@ def test_a_region_without_samples_is_scored_by_all_of_them_and_this_is_said(tmp_
     )
     with (
         pytest.warns(UserWarning, match=message) as warned,
-        pytest.warns(UserWarning, match="max_search_steps=1 reached"),
+        pytest.warns(
+            UserWarning, match=r"max_search_steps=1 reached: the masks of region \[0, 500\) of sparsity 0.5, reg"
+        ),
     ):
         fit(Early(Gated, frozen_sgd), detector, pruner, max_epochs=1)
     assert sum("score_batches" in str(warning.message) for warning in warned) == 1
     assert detector.masks[LATE].flat().tolist() == detector.masks[EARLY].flat().tolist() == FIRST_HALF
+
+
+def test_a_unet_with_gradient_checkpointing_goes_through_its_switch_with_taylor_scores(tmp_path: Path) -> None:
+    module = Tutorial()
+    module.model.enable_gradient_checkpointing()
+    regions = [(0, 240, 0.5), (240, 1000, 0.5)]
+    detector = EarlyBirdDetector([0.5], criterion="taylor", every_n_train_steps=1, window=2, threshold=1.0)
+    pruner = TimestepAwarePruner(regions, overlap=20, dirpath=tmp_path / "tickets")
+    fit(module, detector, pruner, EMAWeightAveraging(decay=0.9), max_epochs=1)
+    assert pruner.switched_at == 2
+    first, second = detector.masks.values()
+    assert first.num_kept == second.num_kept and first.distance(second) > 0
 
 
 # --- frozen parameters ------------------------------------------------------------------------------------------------
@@ -358,7 +376,8 @@ def test_a_network_that_normalises_its_weights_in_forward_keeps_them_and_its_fir
         def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
             if self.training:
                 with torch.no_grad():
-                    self.up.weight.copy_(nn.functional.normalize(self.up.weight, dim=1))
+                    for weight in (self.up.weight, self.down.weight):  # the latter is kept for the backward pass
+                        weight.copy_(nn.functional.normalize(weight, dim=1))
             return super().forward(x, timesteps)
 
     plain, scored = Lit(Forced), Lit(Forced)

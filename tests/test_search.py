@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.regions import TimestepRegion
 from lightning_earlybird.search import TicketSearch, check_sparsities, named_metrics
 
 
@@ -89,6 +90,76 @@ def test_the_state_of_other_sparsities_is_refused() -> None:
     message = r"sparsities=\[0.5, 0.25\] differ from the checkpoint's \[0.5, 0.75\]. Resume with the sparsities"
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(search().state_dict())
+
+
+EARLY, LATE, DENSE = TimestepRegion(0, 300, 0.5), TimestepRegion(300, 600, 0.5), TimestepRegion(600, 1000, 0.0)
+
+
+def by_region(*regions: TimestepRegion) -> TicketSearch:
+    return TicketSearch([0.5], window=2, threshold=0.1, regions=regions or (EARLY, LATE, DENSE))
+
+
+def test_a_search_by_region_has_a_window_for_each_that_loses_channels() -> None:
+    found = by_region()
+    assert list(found.windows) == [EARLY, LATE]
+    assert list(by_region(DENSE).windows) == [0.5]
+    assert found.start({EARLY: HALF, LATE: QUARTER}, 0) == {
+        "earlybird/null_line/0-300": 0.5,
+        "earlybird/null_line/300-600": 0.375,
+    }
+    checks = found.push({EARLY: ALMOST, LATE: QUARTER}, 4)
+    assert named_metrics(checks)["earlybird/distance_from_init/0-300"] == 0.25
+
+
+def test_masks_are_asked_for_by_region_or_by_a_sparsity_that_is_that_of_one() -> None:
+    assert search().key(0.75) == 0.75 and search().key(TimestepRegion(0, 1, 0.75)) == 0.75
+    assert by_region().key(LATE) == LATE and by_region(EARLY, DENSE).key(0.5) == EARLY
+    for found, wanted, message in (
+        (by_region(), 0.5, r"sparsity=0.5 is that of 2 regions, region \[0, 300\) of sparsity 0.5, .*Ask for one of"),
+        (
+            by_region(),
+            0.3,
+            r"sparsity=0.3 is not searched for. This detector has \['region \[0, 300\) of sparsity 0.5'",
+        ),
+        (by_region(), DENSE, r"region \[600, 1000\) of sparsity 0 is not searched for. There are \['region \[0, 300\)"),
+    ):
+        with pytest.raises(KeyError, match=message):
+            found.key(wanted)
+
+
+def test_the_state_of_a_search_by_region_survives_and_does_not_fit_another() -> None:
+    found = by_region()
+    found.start({EARLY: HALF, LATE: QUARTER}, 0)
+    found.push({EARLY: ALMOST, LATE: QUARTER}, 4)
+    found.emerge(LATE, QUARTER, 4)
+    file = io.BytesIO()
+    torch.save(found.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    # A budget of steps is no part of what is searched for.
+    longer = TimestepRegion(300, 600, 0.5, max_steps=9)
+    loaded = by_region(EARLY, longer, DENSE)
+    loaded.load_state_dict(state)
+    assert loaded.emerged == {longer: 4} and torch.equal(loaded.tickets[longer].flat(), QUARTER.flat())
+    assert loaded.windows[EARLY].checks == found.windows[EARLY].checks
+    message = r"sparsities=\[0.5\] differ from the checkpoint's \[\[0, 300, 0.5\], .*regions .* and criterion that the"
+    with pytest.raises(ValueError, match=message):
+        TicketSearch([0.5], window=2, threshold=0.1).load_state_dict(state)
+
+
+def test_a_state_that_was_written_by_sparsity_loads() -> None:
+    checks = [{"step": 4, "distance": None, "from_start": 0.25, "from_half": 0.25, "converged": False}]
+    window = {"window": 2, "groups": {"up": 8}, "has_start": False, "steps": [4], "masks": HALF.flat()[None]}
+    state = {
+        "sparsities": [0.5],
+        "emerged": [[0.5, 4]],
+        "tickets": [[0.5, HALF.state_dict()]],
+        "windows": [window | {"checks": checks}],
+    }
+    loaded = TicketSearch([0.5], window=2, threshold=0.1)
+    loaded.load_state_dict(state)
+    assert loaded.emerged == {0.5: 4} and torch.equal(loaded.tickets[0.5].flat(), HALF.flat())
+    assert [check.step for check in loaded.windows[0.5].checks] == [4]
 
 
 @pytest.mark.parametrize("value", [[], (), 0.5, "0.5", {0.5: 1}, None])
