@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+# Plain tensors above it are data, such as a data set that the module holds, and not worth a second copy.
+_LARGEST_COPY_BYTES = 2**26
 
 
 def seed_everything_by(*where: int) -> None:
@@ -118,7 +122,8 @@ class _Attributes:
         self.module = module
         self.plain = {key: value for key, value in vars(module).items() if key not in _REGISTRIES}
         self.buffers = dict(module._buffers)
-        self.contents = [_Content(value) for value in [*self.plain.values(), *self.buffers.values()]]
+        self.contents = [_Content(value, largest=_LARGEST_COPY_BYTES) for value in self.plain.values()]
+        self.contents += [_Content(value) for value in self.buffers.values()]
 
     def restore(self) -> None:
         present = vars(self.module)
@@ -134,11 +139,12 @@ class _Attributes:
 class _Content:
     """What a value holds, where it can be changed in place: tensors, flat containers, generators."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, largest: float = math.inf) -> None:
         self.value = value
         self.kept: Any = None
-        if type(value) is Tensor and value.layout == torch.strided and not value.is_meta:
-            self.kept = value.detach().clone()
+        if type(value) is Tensor:
+            if value.layout == torch.strided and not value.is_meta and value.nbytes <= largest:
+                self.kept = value.detach().clone()
         elif type(value) in (list, deque, set):
             self.kept = list(value)
         elif type(value) in (dict, OrderedDict):
