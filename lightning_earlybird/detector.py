@@ -39,7 +39,8 @@ class EarlyBirdDetector(pl.Callback):
 
     Logged at each check, per sparsity S: ``earlybird/distance/S`` (the one that decides),
     ``earlybird/distance_from_init/S``, ``earlybird/distance_to_half/S`` (to the mask at half the training so far), and
-    once ``earlybird/null_line/S`` (the distance of two random masks).
+    once ``earlybird/null_line/S`` (the distance of two random masks). Where each region has masks of its own, S is
+    ``START-STOP``. Criteria that take gradients also log ``earlybird/scoring_seconds``.
 
     Differs from the paper: masks are drawn from the raw weights by default, not from averaged ones, in which the
     initialisation lives on for long and which therefore seem settled early; widths are exact counts, rounded to
@@ -77,7 +78,8 @@ class EarlyBirdDetector(pl.Callback):
         ValueError: If an argument is out of range.
         MisconfigurationException: In ``setup`` or during the first batch, if the Trainer, the module or the denoiser
             cannot be pruned.
-        NonFiniteWeightsError: At a check, if a parameter of the denoiser is NaN or infinite.
+        NonFiniteWeightsError: At a check, if a parameter of the denoiser, or a gradient that scores it, is NaN or
+            infinite.
 
     Example::
 

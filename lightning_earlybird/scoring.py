@@ -32,6 +32,10 @@ from lightning_earlybird.untouched import isolated_rng, parameters_set_aside, se
 class GradientScorer:
     """Scores channels by Taylor expansion of the training loss, for each timestep region.
 
+    Beside what a training step needs there must be room for one more copy of the trainable parameters and for one set
+    of their gradients; and in the first training step, which is under way when the initial masks are drawn, for the
+    activations of two steps.
+
     Args:
         criterion: ``"taylor"``, or ``"diff_pruning"``: only timesteps whose loss is at least ``threshold`` times the
             largest count.
@@ -99,7 +103,7 @@ class GradientScorer:
             return self._newest[1]  # the switch asks for what the check of its step has seen
         started = time.perf_counter()
         live = unwrap(module.get_submodule(found.call.name))
-        weights: dict[str, Tensor] = dict((averaged or live).named_parameters())
+        weights: dict[str, Tensor] = dict((live if averaged is None else averaged).named_parameters())
         fallback = channel_scores(weights, found.plan)  # looks for NaN in the weights, too
         with (
             torch.enable_grad(),
@@ -167,7 +171,7 @@ class GradientScorer:
         scores = []
         for index, region in enumerate(partition):
             own = slice(index, index + 1)
-            if samples[index] == 0:
+            if samples[index] == 0 and region.sparsity > 0:
                 self._warn_once(
                     f"score_batches={self.batches}: no sample of the scoring batches fell into the region "
                     f"[{region.start:g}, {region.stop:g}), whose channels are scored by the gradient over all regions "
