@@ -232,6 +232,19 @@ def test_a_unet_with_gradient_checkpointing_goes_through_its_switch_with_taylor_
     assert first.num_kept == second.num_kept and first.distance(second) > 0
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16-mixed", 0.25), ("bf16-true", 1.0), ("64-true", 1.0)])
+def test_scores_can_be_taken_in_every_precision(precision: Any, tolerance: float) -> None:
+    first: list[TicketMask] = []
+    for chosen in ("32-true", precision):
+        detector = detector_for(score_batches=8)
+        look = OnStep(
+            lambda trainer, module, d=detector: first.append(d.masks[0.5]) if len(d.windows[0.5].checks) == 1 else None
+        )
+        fit(Lit(configure=frozen_sgd), detector, look, max_epochs=1, precision=chosen)
+    # Other precisions draw other noise from the same random state; under autocast it is the same.
+    assert len(first) == 2 and first[0].num_kept == first[1].num_kept and first[0].distance(first[1]) <= tolerance
+
+
 # --- frozen parameters ------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +504,26 @@ def test_a_resumed_search_by_region_has_the_history_of_an_uninterrupted_one(tmp_
     resumed = searching(tmp_path, 3, tmp_path / "step=8.ckpt")
     assert list(resumed.distances) == HALVES and resumed.distances == whole.distances
     assert len(whole.distances[EARLY]) == 6 and any(check.from_start for check in whole.distances[EARLY])
+
+
+def test_a_fit_resumes_after_its_switch_with_what_had_emerged_by_region(tmp_path: Path) -> None:
+    def run(epochs: int, name: str, **settings: Any) -> tuple[pl.Trainer, EarlyBirdDetector, TimestepAwarePruner]:
+        detector, pruner = detector_for(window=2), pruner_for(tmp_path / name, overlap=20)
+        module = Lit(Gated, lambda module: torch.optim.Adam(module.parameters(), 1e-4))
+        return fit(module, detector, pruner, max_epochs=epochs, **settings), detector, pruner
+
+    trainer, detector, pruner = run(1, "first")
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    trainer, resumed, again = run(2, "second", ckpt_path=tmp_path / "after.ckpt")
+    assert trainer.global_step == 8 and resumed.emerged == detector.emerged and list(resumed.emerged) == HALVES
+    assert again.facts == pruner.facts and resumed.ticket(LATE).distance(detector.ticket(LATE)) == 0
+
+
+def test_a_traditional_ticket_can_be_found_by_taylor_scores(tmp_path: Path) -> None:
+    module, detector = Lit(), detector_for(window=2, threshold=1.0, on_emergence="prune", round_to=4)
+    fit(module, detector, max_epochs=1, default_root_dir=tmp_path)
+    assert isinstance(module.model, TicketEnsemble) and detector.emerged == {0.5: 2}
+    assert module.model.tickets[0].hidden.weight.shape == (8, 8, 3, 3)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
