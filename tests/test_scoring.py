@@ -418,9 +418,13 @@ def test_a_step_that_changes_frozen_parameters_is_refused_before_anything_is_lea
         fit(HandMade(), detector_for(denoiser="model"), max_epochs=1)
 
 
-def test_a_compiled_denoiser_is_scored_eagerly_and_trains_on_compiled() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_denoiser_is_scored_eagerly_and_trains_on_compiled(in_place: bool) -> None:
     plain, compiled = Lit(Mlp), Lit(Mlp)
-    compiled.model = torch.compile(compiled.model, backend="eager")
+    if in_place:
+        compiled.model.compile(backend="eager")
+    else:
+        compiled.model = torch.compile(compiled.model, backend="eager")
     first, second = detector_for(), detector_for()
     fit(plain, first, max_epochs=1)
     fit(compiled, second, max_epochs=1)
