@@ -182,7 +182,7 @@ def ticket_table(facts: Sequence[TicketFacts]) -> str:
     body = [
         [
             _interval(fact.region.start, fact.region.stop),
-            f"{fact.region.sparsity:g}",
+            f"{fact.region.sparsity:g}" + ("" if fact.target == "channels" else f" of {fact.target}"),
             *(_removed(counts) for counts in (fact.channels, fact.parameters, fact.macs)),
             "-" if fact.step is None else str(fact.step),
             _origin(fact),
