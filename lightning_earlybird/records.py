@@ -214,8 +214,15 @@ def read_facts(field: Field) -> TicketFacts:
         channels=_read_pair(field["channels"]),
         parameters=_read_pair(field["parameters"]),
         macs=field["macs"].optional(_read_pair),
-        target=field["target"].text() if "target" in field.mapping() else "channels",  # files from before there was one
+        target=_read_target(field["target"]) if "target" in field.mapping() else "channels",
     )
+
+
+def _read_target(field: Field) -> str:
+    known = ("channels", "params", "macs")
+    if field.text() not in known:
+        field.fail(f"is {field.value!r}, expected one of {known}.")
+    return field.text()
 
 
 def read_shape(field: Field) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ Cell: TypeAlias = str | int | float | bool | None
 TICKET_COLUMNS = (
     "region",
     "sparsity",
+    "target",
     "channels_removed",
     "parameters_removed",
     "macs_removed",
@@ -158,7 +159,7 @@ def ticket_rows(facts: Sequence[TicketFacts]) -> list[list[Cell]]:
     """
     rows: list[list[Cell]] = []
     for fact in facts:
-        row: list[Cell] = [_interval(fact.region.start, fact.region.stop), fact.region.sparsity]
+        row: list[Cell] = [_interval(fact.region.start, fact.region.stop), fact.region.sparsity, fact.target]
         row += [fact.achieved_channels, fact.achieved_parameters, fact.achieved_macs]
         row += [fact.parameters[1], None if fact.macs is None else fact.macs[1]]
         row += [fact.step, _origin(fact)]
