@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_earlybird.budget import Target
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.masks import TicketMask
@@ -19,6 +20,7 @@ from lightning_earlybird.probe import DenoiserCall
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.structure import (
     ChannelPlan,
+    Norm,
     StructureError,
     TicketSlicer,
     attribute_edits,
@@ -90,6 +92,8 @@ def convert(
     masks: Sequence[TicketMask],
     emerged: Mapping[TimestepRegion, int],
     *,
+    target: Target = "channels",
+    norm: Norm = "shrink",
     initial_weights: Mapping[str, Tensor] | None = None,
 ) -> TicketEnsemble:
     """Replace the denoiser by its tickets, with everything in the Trainer that depends on it.
@@ -101,6 +105,8 @@ def convert(
         partition: The regions that the tickets serve.
         masks: One mask a region.
         emerged: Region -> step at which its ticket emerged; regions that are missing were taken at the search limit.
+        target: What the regions' sparsities count, for the record.
+        norm: What becomes of group norms; see :func:`~lightning_earlybird.structure.extract`.
         initial_weights: The denoiser's state dict at initialisation: tickets restart from it, with fresh optimizer
             state. None keeps what was learned.
 
@@ -118,7 +124,7 @@ def convert(
             network = copy.deepcopy(network)
             network.load_state_dict(initial_weights)
         # A repair (making up for the removed channels in closed form) would act on these networks, before they train.
-        tickets = [extract(network, plan, mask) for mask in masks]
+        tickets = [extract(network, plan, mask, norm=norm) for mask in masks]
         return TicketEnsemble(tickets, partition, found.call.timesteps)
 
     def inherit(name: str, tensor: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ def convert(
 
     if initial_weights is not None:
         forget_training(trainer, dense)
-    edits = tuple(attribute_edits(dense, extract(dense, plan, mask)) for mask in masks)
+    edits = tuple(attribute_edits(dense, extract(dense, plan, mask, norm=norm)) for mask in masks)
     ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
     assert isinstance(ensemble, TicketEnsemble)
     forget_scores(trainer)
@@ -144,6 +150,7 @@ def convert(
                 channels=(mask.num_channels, mask.num_kept),
                 parameters=(parameters, count_parameters(ticket)),
                 macs=(found.macs, macs),
+                target=target,
             )
         )
     record = EnsembleRecord(description, edits, tuple(masks), tuple(facts), found.call.sample_shape)

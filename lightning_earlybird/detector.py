@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import asdict, fields
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
-from lightning_earlybird.budget import draw_mask
+from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
@@ -26,6 +27,7 @@ from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
 from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
+from lightning_earlybird.structure import Norm
 from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
 
 
@@ -43,10 +45,10 @@ class EarlyBirdDetector(pl.Callback):
     ``START-STOP``. Criteria that take gradients also log ``earlybird/scoring_seconds``.
 
     Differs from the paper: masks are drawn from the raw weights by default, not from averaged ones, in which the
-    initialisation lives on for long and which therefore seem settled early; widths are exact counts, rounded to
-    ``round_to``. Of Diff-Pruning (arXiv 2305.10924) differs that a sample's loss is told from the squared norm of the
-    gradient of the denoiser's output (for a mean squared error that is the loss, up to a factor), and that the largest
-    loss is that of the region which the ticket will serve.
+    initialisation lives on for long and which therefore seem settled early; the sparsity is met exactly, in widths that
+    are multiples of ``round_to``. Of Diff-Pruning (arXiv 2305.10924) differs that a sample's loss is told from the
+    squared norm of the gradient of the denoiser's output (for a mean squared error that is the loss, up to a factor),
+    and that the largest loss is that of the region which the ticket will serve.
 
     Args:
         sparsities: Fractions of channels to remove, each in (0, 1).
@@ -69,7 +71,13 @@ class EarlyBirdDetector(pl.Callback):
         on_emergence: What happens when every sparsity has emerged: ``"continue"`` training, ``"stop"`` it, or
             ``"prune"``: turn the denoiser into the one traditional ticket that serves the whole time axis (needs
             exactly one sparsity).
-        round_to: Kept widths are multiples of this; None means the pruner's, or 8 without one.
+        round_to: Kept widths are multiples of this. For this and the following arguments None means the pruner's, or
+            its default without one; :class:`TimestepAwarePruner` describes them.
+        target: What sparsity counts: ``"channels"``, ``"params"`` or ``"macs"``.
+        scope: How it is shared out among layers: ``"uniform"`` or ``"global"``.
+        min_width: Channels (or fraction of the width) that every layer keeps at least.
+        heads: ``"equal"`` or ``"whole"``: what attention loses.
+        norm: ``"shrink"`` or ``"exact"``: what becomes of group norms (``on_emergence="prune"``).
 
     Attributes:
         found: The denoiser with its channel plan; None before the first batch and once the denoiser has been replaced.
@@ -104,6 +112,11 @@ class EarlyBirdDetector(pl.Callback):
         weights: Literal["auto", "raw", "ema"] = "auto",
         on_emergence: Literal["continue", "stop", "prune"] = "continue",
         round_to: int | None = None,
+        target: Target | None = None,
+        scope: Scope | None = None,
+        min_width: int | float | None = None,
+        heads: Heads | None = None,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         check_positive(every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps, round_to=round_to)
@@ -139,13 +152,20 @@ class EarlyBirdDetector(pl.Callback):
         self.weights = weights
         self.on_emergence = on_emergence
         self.round_to = round_to
+        self.target = target
+        self.scope = scope
+        self.min_width = min_width
+        self.heads = heads
+        self.norm = norm
+        check_choice("norm", norm, (None, *get_args(Norm)))
+        Allocation(**self._given())  # refuses what is out of range
 
         self.found: FoundDenoiser | None = None
         self._probe: DenoiserProbe | None = None
         self._last_check_step = -1
         self._finished = False  # the denoiser has been replaced: there is nothing left to search
-        self._served_denoiser: str | None = None
-        self._served_round_to: int | None = None
+        self._served: dict[str, Any] = {}  # settings of the pruner that uses the masks
+        self._budget: Budget | None = None
         self._served_partition: TimestepPartition | None = None
         self._scorer = self._new_scorer()
         self._warned_of_inertia = False
@@ -362,15 +382,33 @@ class EarlyBirdDetector(pl.Callback):
         masks: dict[SearchKey, TicketMask] = {}
         for key in self.windows:
             index = regions.regions.index(key) if isinstance(key, TimestepRegion) and regions is not None else 0
-            masks[key] = draw_mask(self.found.plan, scores[index], sparsity_of(key), round_to=self._rounding)
+            masks[key] = self.budget.draw(scores[index], sparsity_of(key))
         return masks
 
-    def serve(self, *, denoiser: str | None, round_to: int, partition: TimestepPartition | None = None) -> None:
+    @property
+    def budget(self) -> Budget:
+        """What a sparsity counts in the denoiser that was found; it draws the masks."""
+        assert self.found is not None
+        if self._budget is None or self._budget.plan is not self.found.plan:
+            self._budget = Budget(
+                self.found.plan, Allocation(**{**self._served.get("allocation", {}), **self._given()})
+            )
+        return self._budget
+
+    def serve(
+        self,
+        *,
+        denoiser: str | None,
+        allocation: Allocation,
+        norm: Norm,
+        partition: TimestepPartition | None = None,
+    ) -> None:
         """Take the settings of the pruner that will use the masks.
 
         Args:
             denoiser: Its name for the denoiser.
-            round_to: Its rounding.
+            allocation: What its sparsities count, and how they are shared out.
+            norm: What becomes of group norms.
             partition: The regions that its tickets will serve.
 
         Raises:
@@ -381,14 +419,15 @@ class EarlyBirdDetector(pl.Callback):
                 f"on_emergence={self.on_emergence!r} contradicts the TimestepAwarePruner, which acts on emergence "
                 "itself. Leave it at 'continue'."
             )
-        for name, own, given in (("denoiser", self.denoiser, denoiser), ("round_to", self.round_to, round_to)):
+        settings = {"denoiser": denoiser, "norm": norm, **asdict(allocation)}
+        for name, given in settings.items():
+            own = getattr(self, name)
             if own is not None and given is not None and own != given:
                 raise MisconfigurationException(
                     f"{name}={own!r} of the EarlyBirdDetector contradicts {name}={given!r} of the TimestepAwarePruner. "
-                    "Give it to one of them."
+                    "Give it to the pruner alone."
                 )
-        self._served_denoiser = denoiser
-        self._served_round_to = round_to
+        self._served = {"denoiser": denoiser, "allocation": asdict(allocation)}
         self._served_partition = partition
         fresh = self._new_search()
         if not self._search.started and list(fresh.windows) != list(self._search.windows):
@@ -417,13 +456,14 @@ class EarlyBirdDetector(pl.Callback):
         regions = self._regions.regions if self._regions is not None else ()
         return TicketSearch(self.sparsities, window=self.window, threshold=self.threshold, regions=regions)
 
-    @property
-    def _rounding(self) -> int:
-        return self.round_to or self._served_round_to or 8
+    def _given(self) -> dict[str, Any]:
+        """The arguments of an allocation that this detector was given itself."""
+        names = [field.name for field in fields(Allocation)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def _denoiser(self) -> str | None:
-        return self.denoiser or self._served_denoiser
+        return self.denoiser or self._served.get("denoiser")
 
     def _find_before_learning(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the denoiser before the first step, so that the initial mask is that of the initial weights."""
@@ -445,7 +485,10 @@ class EarlyBirdDetector(pl.Callback):
             check_supported(trainer, pl_module, call.name)
             if not self._search.started:
                 masks = self.draw(trainer, pl_module)
-                self._warn_of_whole_masks(masks)
+                misses = [self.budget.explain_miss(mask, sparsity_of(key)) for key, mask in masks.items()]
+                for miss in dict.fromkeys(misses):  # regions of one sparsity miss it alike
+                    if miss is not None:
+                        rank_zero_warn(miss)
                 log_metrics(trainer, self._search.start(masks, trainer.global_step))
         elif self.found.call.name != call.name:
             raise MisconfigurationException(
@@ -467,8 +510,16 @@ class EarlyBirdDetector(pl.Callback):
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser) -> None:
         ((key, mask),) = self.masks.items()
         partition = TimestepPartition.whole(sparsity_of(key))
-        emerged = {partition.regions[0]: self.emerged[key]}
-        ensemble = convert(trainer, pl_module, found, partition, [mask], emerged)
+        ensemble = convert(
+            trainer,
+            pl_module,
+            found,
+            partition,
+            [mask],
+            {partition.regions[0]: self.emerged[key]},
+            target=self.budget.allocation.target,
+            norm=self.norm or "shrink",
+        )
         self.finish()
         assert ensemble.record is not None
         rank_zero_info(
@@ -486,14 +537,6 @@ class EarlyBirdDetector(pl.Callback):
             f"{check.distance:.3f} away from the {self.window - 1} before it ({check.from_start or 0:.3f} from the "
             f"initial one; two random masks: {self.windows[key].null_distance:.3f}).{inertia}"
         )
-
-    def _warn_of_whole_masks(self, masks: dict[SearchKey, TicketMask]) -> None:
-        for key, mask in masks.items():
-            if mask.sparsity == 0:
-                rank_zero_warn(
-                    f"sparsity={sparsity_of(key):g} removes no channel: rounded to multiples of {self._rounding}, "
-                    "every width of this denoiser stays as it is. Use a smaller round_to, or a wider denoiser."
-                )
 
     def _warn_of_inertia(self, trainer: pl.Trainer) -> None:
         share = initial_share(trainer)

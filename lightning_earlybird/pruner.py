@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive
+from lightning_earlybird.budget import Allocation, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
@@ -34,6 +35,7 @@ from lightning_earlybird.reporting import (
 )
 from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.search import SearchKey, describe, short_name
+from lightning_earlybird.structure import Norm
 from lightning_earlybird.switch_loss import SwitchLoss
 from lightning_earlybird.tickets import (
     TicketFacts,
@@ -73,8 +75,16 @@ class TimestepAwarePruner(pl.Callback):
         on_search_limit: ``"prune"`` takes the masks of that moment; ``"raise"`` stops with :class:`SearchLimitError`.
         rewind: ``"init"`` gives the tickets the initial weights under their masks, with fresh optimizer state (the
             lottery-ticket control); None keeps what the dense denoiser has learned.
-        round_to: Kept widths are multiples of this.
-        target: What sparsity counts: ``"channels"``.
+        round_to: Kept widths are multiples of this (8 is what tensor cores like); a layer narrower than it stays whole.
+        target: What sparsity is the fraction of: ``"channels"`` that can be pruned, or ``"params"`` or ``"macs"`` of
+            the whole denoiser. What cannot be met to one percent is told at the start, with what is possible.
+        scope: ``"uniform"`` takes the same fraction from every layer; ``"global"`` ranks the channels of all layers by
+            their score over the mean score of their layer, so that layers of many weak channels lose more.
+        min_width: Channels that every layer keeps at least, or, as a float in (0, 1), the fraction of its width.
+        heads: ``"equal"`` narrows all heads of an attention alike, and rescales its queries so that scores stay what
+            they were; ``"whole"`` removes whole heads where the module can be told how many are left.
+        norm: What becomes of a GroupNorm that loses channels: ``"shrink"`` regroups those that stay evenly, in at most
+            as many groups as before; ``"exact"`` normalises each with what is left of its own group.
         dirpath: Where tickets are written; None means ``tickets`` beside the first logger's files, or a new
             ``earlybird/version_N`` in the Trainer's ``default_root_dir`` without a logger.
 
@@ -106,14 +116,19 @@ class TimestepAwarePruner(pl.Callback):
         on_search_limit: Literal["prune", "raise"] = "prune",
         rewind: Literal["init"] | None = None,
         round_to: int = 8,
-        target: Literal["channels"] = "channels",
+        target: Target = "channels",
+        scope: Scope = "uniform",
+        min_width: int | float = 1,
+        heads: Heads = "equal",
+        norm: Norm = "shrink",
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         check_positive(max_search_steps=max_search_steps, round_to=round_to)
         check_choice("on_search_limit", on_search_limit, ("prune", "raise"))
         check_choice("rewind", rewind, (None, "init"))
-        check_choice("target", target, ("channels",))
+        check_choice("norm", norm, get_args(Norm))
+        self._allocation = Allocation(target, scope, round_to, min_width, heads)
         # Exactly one of the two: regions to search tickets for, or the tickets themselves.
         self._saved: Path | None = None
         self._partition: TimestepPartition | None = None
@@ -135,6 +150,10 @@ class TimestepAwarePruner(pl.Callback):
         self.rewind = rewind
         self.round_to = round_to
         self.target = target
+        self.scope = scope
+        self.min_width = min_width
+        self.heads = heads
+        self.norm: Norm = norm
         self.dirpath = dirpath
 
         self.detector: EarlyBirdDetector | None = None
@@ -265,7 +284,7 @@ class TimestepAwarePruner(pl.Callback):
             )
         # Where every region stays dense nothing has to settle, but the denoiser must be found all the same.
         self.detector = covering[0] if covering else EarlyBirdDetector(needed or [0.5])
-        self.detector.serve(denoiser=self.denoiser, round_to=self.round_to, partition=partition)
+        self.detector.serve(denoiser=self.denoiser, allocation=self._allocation, norm=self.norm, partition=partition)
         callbacks = [callback for callback in callbacks if callback is not self.detector]
         callbacks.insert(callbacks.index(self), self.detector)
         # A new list: Lightning is iterating over the old one at this moment.
@@ -306,8 +325,17 @@ class TimestepAwarePruner(pl.Callback):
         drawn = detector.draw(trainer, pl_module)
         keys = {region: detector.key(region) for region in partition if region.sparsity > 0}
         masks = [drawn[keys[region]] if region in keys else found.plan.full_mask() for region in partition]
-        emerged = {region: detector.emerged[key] for region, key in keys.items() if key in detector.emerged}
-        ensemble = convert(trainer, pl_module, found, partition, masks, emerged, initial_weights=self._initial)
+        ensemble = convert(
+            trainer,
+            pl_module,
+            found,
+            partition,
+            masks,
+            {region: detector.emerged[key] for region, key in keys.items() if key in detector.emerged},
+            target=detector.budget.allocation.target,
+            norm=self.norm,
+            initial_weights=self._initial,
+        )
         assert ensemble.record is not None
         detector.finish()
         self._initial = self._seen = None

@@ -35,6 +35,7 @@ class TicketFacts:
         channels: Channels that the plan can prune, and how many of them are kept.
         parameters: Numbers of parameters.
         macs: Multiply-accumulate operations for one sample; None where they were not counted.
+        target: What the region's sparsity is the fraction of: "channels", "params" or "macs".
     """
 
     region: TimestepRegion
@@ -43,6 +44,7 @@ class TicketFacts:
     channels: tuple[int, int]
     parameters: tuple[int, int]
     macs: tuple[int, int] | None
+    target: str = "channels"
 
     @property
     def achieved_channels(self) -> float:
@@ -68,6 +70,7 @@ class TicketFacts:
             "channels": list(self.channels),
             "parameters": list(self.parameters),
             "macs": None if self.macs is None else list(self.macs),
+            "target": self.target,
         }
 
 
@@ -211,7 +214,15 @@ def read_facts(field: Field) -> TicketFacts:
         channels=_read_pair(field["channels"]),
         parameters=_read_pair(field["parameters"]),
         macs=field["macs"].optional(_read_pair),
+        target=_read_target(field["target"]) if "target" in field.mapping() else "channels",
     )
+
+
+def _read_target(field: Field) -> str:
+    known = ("channels", "params", "macs")
+    if field.text() not in known:
+        field.fail(f"is {field.value!r}, expected one of {known}.")
+    return field.text()
 
 
 def read_shape(field: Field) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ Cell: TypeAlias = str | int | float | bool | None
 TICKET_COLUMNS = (
     "region",
     "sparsity",
+    "target",
     "channels_removed",
     "parameters_removed",
     "macs_removed",
@@ -160,7 +161,7 @@ def ticket_rows(facts: Sequence[TicketFacts]) -> list[list[Cell]]:
     """
     rows: list[list[Cell]] = []
     for fact in facts:
-        row: list[Cell] = [_interval(fact.region.start, fact.region.stop), fact.region.sparsity]
+        row: list[Cell] = [_interval(fact.region.start, fact.region.stop), fact.region.sparsity, fact.target]
         row += [fact.achieved_channels, fact.achieved_parameters, fact.achieved_macs]
         row += [fact.parameters[1], None if fact.macs is None else fact.macs[1]]
         row += [fact.step, _origin(fact)]
@@ -184,7 +185,7 @@ def ticket_table(facts: Sequence[TicketFacts]) -> str:
     body = [
         [
             _interval(fact.region.start, fact.region.stop),
-            f"{fact.region.sparsity:g}",
+            f"{fact.region.sparsity:g}" + ("" if fact.target == "channels" else f" of {fact.target}"),
             *(_removed(counts) for counts in (fact.channels, fact.parameters, fact.macs)),
             "-" if fact.step is None else str(fact.step),
             _origin(fact),

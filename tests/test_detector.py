@@ -115,16 +115,16 @@ def test_masks_of_several_sparsities_are_drawn_from_the_same_weights_and_nest() 
 
 
 def test_kept_widths_are_multiples_of_eight_where_nothing_else_is_said() -> None:
-    detector = EarlyBirdDetector([0.3])
+    detector = EarlyBirdDetector([1 / 3])
     fit(Lit(lambda: Mlp(24)), detector, max_epochs=1)
-    assert detector.masks[0.3].num_kept == 16
+    assert detector.masks[1 / 3].num_kept == 16
 
 
 # --- the paper's rule -------------------------------------------------------------------------------------------------
 
 
-def test_rounding_that_leaves_every_width_whole_is_said_before_training() -> None:
-    message = "sparsity=0.5 removes no channel: rounded to multiples of 8, every width of this denoiser stays as it is"
+def test_a_sparsity_that_cannot_be_met_is_said_before_training() -> None:
+    message = r"sparsity=0.5 of the channels cannot be met: 0 is what steps of round_to=8 .* 1 of 1 layers have no step"
     with pytest.warns(UserWarning, match=message):
         fit(Lit(Mlp), EarlyBirdDetector([0.5]), max_epochs=1)
 

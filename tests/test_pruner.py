@@ -126,7 +126,7 @@ def test_the_module_of_lightnings_diffusion_tutorial_trains_through_the_switch_u
     tmp_path: Path, caplog
 ) -> None:
     regions = [TimestepRegion(0, 240, 0.3), TimestepRegion(240, 440, 0.5), TimestepRegion(440, 1000, 0.75)]
-    pruner = TimestepAwarePruner(regions, overlap=20, dirpath=tmp_path / "tickets")
+    pruner = TimestepAwarePruner(regions, overlap=20, round_to=4, target="params", dirpath=tmp_path / "tickets")
     module, ema = Tutorial(), EMAWeightAveraging(decay=0.9)
     dense = count_parameters(module)
     logger = CSVLogger(tmp_path, name="", version="")
@@ -135,7 +135,9 @@ def test_the_module_of_lightnings_diffusion_tutorial_trains_through_the_switch_u
     assert pruner.switched_at == SWITCH and trainer.global_step == 12 and pruner.phase == "tickets"
     assert isinstance(module.model, TicketEnsemble) and module.model.regions == tuple(regions)
     sizes = [count_parameters(ticket) for ticket in module.model.tickets]
-    assert dense > sizes[0] > sizes[1] > sizes[2]
+    for size, region, fact in zip(sizes, regions, pruner.facts, strict=True):
+        assert 1 - size / dense == pytest.approx(region.sparsity, rel=0.01)
+        assert fact.achieved_parameters == 1 - size / dense and fact.target == "params"
     assert trainer.callback_metrics["train_loss"].isfinite()
     assert "the denoiser has become 3 tickets at step 6" in caplog.text
 
@@ -490,7 +492,7 @@ def test_a_detector_without_the_sparsities_of_the_regions_is_refused(tmp_path: P
 
 
 def test_of_two_detectors_the_one_that_covers_the_regions_is_used(tmp_path: Path) -> None:
-    other, right, pruner = quick(0.75), quick(0.25, 0.5, 0.75), pruner_in(tmp_path)
+    other, right, pruner = quick(0.75, round_to=4), quick(0.25, 0.5, 0.75), pruner_in(tmp_path)
     fit(Lit(), other, pruner, right, max_epochs=2)
     assert pruner.detector is right and pruner.switched_at == SWITCH
     with pytest.raises(MisconfigurationException, match=r"regions need the sparsities .* more than one covers them"):
@@ -503,6 +505,9 @@ def test_of_two_detectors_the_one_that_covers_the_regions_is_used(tmp_path: Path
         ({"on_emergence": "stop"}, {}, "on_emergence='stop' contradicts the TimestepAwarePruner"),
         ({"denoiser": "model"}, {"denoiser": "net"}, "denoiser='model' of the EarlyBirdDetector contradicts .*'net'"),
         ({"round_to": 8}, {"round_to": 4}, "round_to=8 of the EarlyBirdDetector contradicts round_to=4"),
+        ({"target": "macs"}, {}, "target='macs' of the EarlyBirdDetector contradicts target='channels'"),
+        ({"scope": "global"}, {}, "scope='global' of the EarlyBirdDetector contradicts scope='uniform'"),
+        ({"norm": "exact"}, {}, "norm='exact' of the EarlyBirdDetector contradicts norm='shrink'"),
     ],
 )
 def test_settings_of_detector_and_pruner_that_contradict_each_other_are_refused(
@@ -903,7 +908,11 @@ def test_training_after_the_switch_validates_and_tests_with_the_tickets(tmp_path
         ({"round_to": 2.5}, "round_to=2.5 must be an integer of at least 1"),
         ({"on_search_limit": "stop"}, "on_search_limit='stop' must be one of 'prune', 'raise'"),
         ({"rewind": "step"}, "rewind='step' must be one of None, 'init'"),
-        ({"target": "params"}, "target='params' must be one of 'channels'"),
+        ({"target": "flops"}, "target='flops' must be one of 'channels', 'params', 'macs'"),
+        ({"scope": "layer"}, "scope='layer' must be one of 'uniform', 'global'"),
+        ({"heads": "all"}, "heads='all' must be one of 'equal', 'whole'"),
+        ({"norm": "ragged"}, "norm='ragged' must be one of 'shrink', 'exact'"),
+        ({"min_width": 0}, "min_width=0 must be an integer of at least 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -1,6 +1,7 @@
 """What a run shows: the right step for every logger, figures without pyplot, tables that say what was achieved."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,7 @@ class TestTicketTable:
         assert dict(zip(TICKET_COLUMNS, rows[0], strict=True)) == {
             "region": "[0, 240)",
             "sparsity": 0.3,
+            "target": "channels",
             "channels_removed": pytest.approx(0.3),
             "parameters_removed": 0.5,
             "macs_removed": 0.75,
@@ -205,6 +207,14 @@ class TestTicketTable:
             "found": "emerged",
         }
         assert dict(zip(TICKET_COLUMNS, rows[1], strict=True))["macs_removed"] is None
+
+    def test_what_the_sparsity_counts_is_said_where_it_is_not_channels(self) -> None:
+        facts = [replace(FACTS[0], target="params"), FACTS[1]]
+        lines = ticket_table(facts).splitlines()[2:]
+        assert [line.split("  -")[0].rstrip() for line in lines] == [
+            "[0, 240)     0.3 of params",
+            "[240, 1000)            0.8",
+        ]
 
     def test_an_unbounded_region_and_an_unknown_step_are_readable(self) -> None:
         whole = TicketFacts(

@@ -317,6 +317,17 @@ def test_a_record_goes_through_json(ensemble):
     assert EnsembleRecord.from_json(EnsembleRecord(None, ({},)).to_json()) == EnsembleRecord(None, ({},))
 
 
+def test_what_the_sparsity_counts_is_part_of_the_record_and_was_channels_before_there_was_a_choice(ensemble):
+    facts = TicketFacts(ensemble.regions[0], 5, True, (100, 70), (1000, 250), (8, 2), target="macs")
+    data = EnsembleRecord(None, ({},), facts=(facts,)).to_json()
+    assert EnsembleRecord.from_json(data).facts == (facts,)
+    del data["facts"][0]["target"]
+    assert EnsembleRecord.from_json(data).facts[0].target == "channels"
+    data["facts"][0]["target"] = "flops"
+    with pytest.raises(EnsembleFormatError, match=r"field 'facts\[0\].target' is 'flops', expected one of"):
+        EnsembleRecord.from_json(data)
+
+
 def test_a_record_of_the_wrong_form_is_refused(ensemble):
     data = ensemble.record.to_json()
     del data["edits"]

@@ -4,9 +4,10 @@ This is the one place that edits modules.
 """
 
 from lightning_earlybird.structure.adapters import attribute_edits
-from lightning_earlybird.structure.cost import count_macs, count_parameters
-from lightning_earlybird.structure.extract import TicketSlicer, extract
+from lightning_earlybird.structure.cost import WidthCost, count_macs, count_parameters
+from lightning_earlybird.structure.extract import Norm, TicketSlicer, extract
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
+from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.resize import resize_
 from lightning_earlybird.structure.trace import trace_plan
 from lightning_earlybird.structure.verify import Verification, verify_plan
@@ -15,9 +16,12 @@ __all__ = [
     "ChannelGroup",
     "ChannelPlan",
     "FrozenChannels",
+    "Norm",
+    "Product",
     "StructureError",
     "TicketSlicer",
     "Verification",
+    "WidthCost",
     "attribute_edits",
     "count_macs",
     "count_parameters",

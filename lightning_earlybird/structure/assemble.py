@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, QueryScale
+from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.tracer import ChannelTracer
 
 Place = tuple[str, int]  # (tensor name, dimension)
@@ -45,6 +46,8 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
         frozen=_frozen_report(tracer, components, produced & frozen, reasons),
         unknown_operations=dict(tracer.unknown),
         query_scales=_query_scales(tracer),
+        shapes=dict(tracer.shapes),
+        macs=tuple(Product(each.constant, tuple(map(ids_of, each.factors))) for each in tracer.products),
     )
 
 

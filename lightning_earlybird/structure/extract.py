@@ -1,7 +1,7 @@
 """Extraction: a physically smaller network from a dense one."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.adapters import repair_attributes
 from lightning_earlybird.structure.plan import ChannelPlan
+
+Norm = Literal["shrink", "exact"]
 
 
 class TicketSlicer:
@@ -63,7 +65,7 @@ def _like(result: Tensor, source: Tensor) -> Tensor:
     return result.clone(memory_format=torch.contiguous_format)
 
 
-def extract(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
+def extract(model: nn.Module, plan: ChannelPlan, mask: TicketMask, *, norm: Norm = "shrink") -> nn.Module:
     """The ticket that a mask selects: a plain, smaller network that is independent of the dense one.
 
     The dense network is not changed. Parameter names, tied parameters, train/eval modes, ``requires_grad``, dtype,
@@ -74,6 +76,7 @@ def extract(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
         model: The dense network that the plan was traced on.
         plan: Its channel plan.
         mask: Which channels stay.
+        norm: What becomes of group norms.
 
     Raises:
         ValueError: The mask does not belong to the plan.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.structure.products import Product
 
 
 class StructureError(ValueError):
@@ -22,11 +23,13 @@ class ChannelGroup:
         name: The first parameter that produces the channels, without its ``.weight``.
         channels: Global channel ids, shape (size,), in the order in which masks list them.
         rows: Number of equal blocks that must keep equally many channels (attention heads); 1 where the choice is free.
+        heads: Where the number of rows is written down, (module name, attribute): whole rows can be removed then.
     """
 
     name: str
     channels: Tensor
     rows: int = 1
+    heads: tuple[tuple[str, str], ...] = ()
 
     @property
     def size(self) -> int:
@@ -74,6 +77,8 @@ class ChannelPlan:
         unknown_operations: Operation name -> number of calls that the tracer had no rule for (their channels are
             frozen).
         query_scales: Where a narrower attention head needs its query rescaled to compute the same scores.
+        shapes: Dense shape of every parameter, tied ones once.
+        macs: Multiply-accumulates of the traced call, as a sum of products of widths.
     """
 
     ids: Mapping[str, Mapping[int, Tensor]]
@@ -82,6 +87,8 @@ class ChannelPlan:
     frozen: tuple[FrozenChannels, ...] = ()
     unknown_operations: Mapping[str, int] = field(default_factory=dict)
     query_scales: tuple[QueryScale, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    macs: tuple[Product, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -138,6 +145,15 @@ class ChannelPlan:
                 if not bool(stays.all()):
                     result.setdefault(name, {})[dim] = stays.nonzero().flatten()
         return result
+
+    def parameters(self) -> tuple[Product, ...]:
+        """The number of parameters, as a sum of products of widths."""
+        products = []
+        for name, shape in self.shapes.items():
+            channels = self.ids.get(name, {})
+            fixed = math.prod(size for dim, size in enumerate(shape) if dim not in channels)
+            products.append(Product(fixed, tuple(channels.values())))
+        return tuple(products)
 
     def input_widths(self, mask: TicketMask) -> dict[str, int]:
         """Width of the input of every module that the trace has seen receive channels, under the mask."""

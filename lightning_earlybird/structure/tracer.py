@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_earlybird.structure.labels import Couplings, varying
+from lightning_earlybird.structure.products import Product, products_of
 from lightning_earlybird.structure.rules import CONTRACTIONS, Operation, find_rule, freeze_all
 
 
@@ -33,10 +34,12 @@ class ChannelTracer(TorchDispatchMode):
         super().__init__()
         self.couplings = Couplings()
         self.dimensions: dict[tuple[str, int], Tensor] = {}  # (tensor name, dim) -> labels, in the model's order
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.inputs: dict[str, Tensor] = {}  # module -> labels of its input's channel dimension
         self.rows: list[Tensor] = []  # label matrices whose rows must keep equally many
         self.queries: list[Tensor] = []  # labels of attention queries, (heads, width)
         self.unknown: dict[str, int] = {}
+        self.products: list[Product] = []  # the multiply-accumulates, by labels
         self._known: Any = WeakTensorKeyDictionary()
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         for name, tensor in [*model.named_parameters(), *buffers]:
@@ -141,6 +144,7 @@ class ChannelTracer(TorchDispatchMode):
                 self._labelled(result).parametric = True
         if any(self.axes(tensor) for tensor in inputs):
             self._apply(operation)
+        self.products += products_of(self, operation)
         scores = self.scores_of(inputs[0]) if inputs and operation.name not in CONTRACTIONS else None
         if scores is not None:
             # Scaled, masked, normalised or reshaped attention scores are still that.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
+from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.reference import (
     HALF_PRECISION,
     ChannelLocalNorms,
@@ -214,6 +215,7 @@ def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:
         ids={name: dims for name, dims in ids.items() if dims},
         groups=tuple(groups),
         inputs={name: renumbered[numbers] for name, numbers in plan.inputs.items()},
+        macs=tuple(Product(each.constant, tuple(renumbered[ids] for ids in each.factors)) for each in plan.macs),
         frozen=(
             *plan.frozen,
             *(
