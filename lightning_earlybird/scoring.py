@@ -136,7 +136,7 @@ class GradientScorer:
         """Say what scoring has cost, once the search or the fit is over; once."""
         if self.checks > 1:
             rank_zero_info(
-                f"EarlyBirdDetector: scoring by criterion={self.criterion!r} took {self.seconds:.1f} s in "
+                f"EarlyBirdDetector: scoring by criterion={self.criterion!r} took {self.seconds:.2f} s in "
                 f"{self.checks} checks."
             )
         self.checks, self.seconds = 0, 0.0
@@ -145,7 +145,7 @@ class GradientScorer:
         # A backward pass costs two forward passes, and the first pass of Diff-Pruning goes forward only.
         steps = batches * (1.0 if passes(self.criterion) == 1 else 4 / 3)
         rank_zero_info(
-            f"EarlyBirdDetector: scoring by criterion={self.criterion!r} took {self.last_seconds:.1f} s for {batches} "
+            f"EarlyBirdDetector: scoring by criterion={self.criterion!r} took {self.last_seconds:.2f} s for {batches} "
             f"batches, the cost of about {steps:.1f} training steps, and will do so at every check."
         )
 

@@ -232,6 +232,15 @@ def test_a_unet_with_gradient_checkpointing_goes_through_its_switch_with_taylor_
     assert first.num_kept == second.num_kept and first.distance(second) > 0
 
 
+def test_masks_by_region_meet_a_target_that_is_allocated_over_all_layers(tmp_path: Path) -> None:
+    detector = EarlyBirdDetector([0.5], criterion="taylor", every_n_train_steps=1, window=2, threshold=1.0)
+    pruner = pruner_for(tmp_path, target="params", scope="global")
+    fit(Lit(lambda: ConvNet(64)), detector, pruner, max_epochs=1)
+    assert [fact.achieved_parameters for fact in pruner.facts] == pytest.approx([0.5, 0.5], rel=0.02)
+    widths = [[int(kept.sum()) for kept in mask.kept.values()] for mask in detector.masks.values()]
+    assert all(first != second for first, second in widths)  # not the same share of every layer
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16-mixed", 0.25), ("bf16-true", 1.0), ("64-true", 1.0)])
 def test_scores_can_be_taken_in_every_precision(precision: Any, tolerance: float) -> None:
     first: list[TicketMask] = []
