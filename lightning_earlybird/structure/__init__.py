@@ -5,7 +5,8 @@ This is the one place that edits modules.
 
 from lightning_earlybird.structure.adapters import attribute_edits
 from lightning_earlybird.structure.cost import count_macs, count_parameters
-from lightning_earlybird.structure.extract import TicketSlicer, extract
+from lightning_earlybird.structure.extract import NormGroups, TicketSlicer, extract
+from lightning_earlybird.structure.norms import RaggedGroupNorm
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.resize import resize_
 from lightning_earlybird.structure.trace import trace_plan
@@ -15,6 +16,8 @@ __all__ = [
     "ChannelGroup",
     "ChannelPlan",
     "FrozenChannels",
+    "NormGroups",
+    "RaggedGroupNorm",
     "StructureError",
     "TicketSlicer",
     "Verification",

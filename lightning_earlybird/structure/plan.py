@@ -22,16 +22,32 @@ class ChannelGroup:
         name: The first parameter that produces the channels, without its ``.weight``.
         channels: Global channel ids, shape (size,), in the order in which masks list them.
         rows: Number of equal blocks that must keep equally many channels (attention heads); 1 where the choice is free.
+        heads: Where the network keeps the number of rows, as (module name, attribute); with it, whole rows can go.
     """
 
     name: str
     channels: Tensor
     rows: int = 1
+    heads: tuple[tuple[str, str], ...] = ()
 
     @property
     def size(self) -> int:
         """Number of channels in the dense network."""
         return len(self.channels)
+
+    @property
+    def width(self) -> int:
+        """Number of channels in one row."""
+        return self.size // self.rows
+
+    @property
+    def can_lose_rows(self) -> bool:
+        """Which masks are allowed: every row keeps equally many channels, or (if True) equally many or none."""
+        return bool(self.heads)
+
+    def rows_kept(self, kept: Tensor) -> Tensor:
+        """Shape (rows,), bool: which rows keep any channel, for a mask of shape (size,)."""
+        return kept.view(self.rows, -1).any(dim=1)
 
 
 @dataclass(frozen=True)
@@ -120,10 +136,11 @@ class ChannelPlan:
                     f"mask of group {group.name!r} has {len(kept)} channels, the plan has {group.size}. Draw the mask "
                     "from this plan."
                 )
-            if group.rows > 1 and len(set(kept.view(group.rows, -1).sum(dim=1).tolist())) > 1:
+            counts = set(kept.view(group.rows, -1).sum(dim=1).tolist())
+            if len(counts - {0} if group.can_lose_rows else counts) > 1:
                 raise ValueError(
                     f"mask of group {group.name!r} keeps different numbers in its {group.rows} heads; every head must "
-                    "keep equally many."
+                    f"keep equally many{', or none' if group.can_lose_rows else ''}."
                 )
             result[group.channels] = kept
         return result
@@ -141,8 +158,12 @@ class ChannelPlan:
 
     def input_widths(self, mask: TicketMask) -> dict[str, int]:
         """Width of the input of every module that the trace has seen receive channels, under the mask."""
+        return {module: int(stays.sum()) for module, stays in self.kept_inputs(mask).items()}
+
+    def kept_inputs(self, mask: TicketMask) -> dict[str, Tensor]:
+        """Which channels of those inputs stay: module name -> shape (dense width,), bool."""
         kept = self.kept(mask)
-        return {module: int(((ids < 0) | kept[ids.clamp_min(0)]).sum()) for module, ids in self.inputs.items()}
+        return {module: (ids < 0) | kept[ids.clamp_min(0)] for module, ids in self.inputs.items()}
 
     def row_factors(self, mask: TicketMask) -> dict[str, tuple[int, Tensor]]:
         """What keeps the scores of narrower attention heads as they were.
@@ -158,8 +179,9 @@ class ChannelPlan:
             if ids is None:
                 continue
             stays = ((ids < 0) | kept[ids.clamp_min(0)])[scale.rows]
-            old, new = scale.rows.shape[1], int(stays[0].sum())
-            if new == old:
+            # Heads that are gone altogether do not make the others narrower.
+            old, new = scale.rows.shape[1], int(stays.sum(dim=1).max())
+            if new in (0, old):
                 continue
             _, factors = result.setdefault(scale.tensor, (scale.dim, torch.ones(len(ids))))
             factors[scale.rows.flatten()] = math.sqrt(new / old)

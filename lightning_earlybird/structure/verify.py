@@ -3,7 +3,7 @@
 The dense network computes it with the same channels set to zero.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,13 @@ from lightning_earlybird.structure.reference import (
     ChannelLocalNorms,
     complementary_masks,
     full_precision,
+    head_masks,
     randomised,
     zeroed,
 )
 from lightning_earlybird.structure.trace import undisturbed
+
+DrawMasks = Callable[[ChannelPlan, Sequence[ChannelGroup], torch.Generator], Iterable[TicketMask]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Verification:
     """What verification found.
 
     Attributes:
-        plan: The plan to use: the one given, without the groups that failed.
+        plan: The plan to use: the one given, without the groups that failed, and with ``heads`` only where that works.
         max_error: Largest difference between extracted and zeroed dense output, relative to the largest output.
         failed: Group name -> what went wrong.
     """
@@ -53,7 +56,8 @@ def verify_plan(
     """Extract at random, non-uniform ratios and compare with the zeroed dense network.
 
     Two complementary masks are tried, so that every channel is once removed and once kept. The extracted networks also
-    run backward, in the modes that the network is in (a branch that only training takes must fit as well).
+    run backward, in the modes that the network is in (a branch that only training takes must fit as well). Where groups
+    claim that whole heads can go, two further masks remove some; groups that fail these only lose that claim.
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Groups that fail are
@@ -80,7 +84,8 @@ def verify_plan(
         masks = complementary_masks(plan, plan.groups, generator)
         error, problem = trial.run(plan, masks)
         if problem is None:
-            return Verification(plan, error, {})
+            plan, worst = trial.confirm_heads(plan)
+            return Verification(plan, max(error, worst), {})
         failed = trial.failing(plan, plan.groups)
         if len(failed) == len(plan.groups):
             raise StructureError(
@@ -97,7 +102,8 @@ def verify_plan(
                 f"verification alone but not together ({together}). Groups whose widths depend on each other in Python "
                 "code are the usual cause."
             )
-        return Verification(reduced, error, failed)
+        reduced, worst = trial.confirm_heads(reduced)
+        return Verification(reduced, max(error, worst), failed)
 
 
 class _Trial:
@@ -133,15 +139,30 @@ class _Trial:
                 return worst, problem
         return worst, None
 
-    def failing(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> dict[str, str]:
+    def failing(
+        self, plan: ChannelPlan, groups: Sequence[ChannelGroup], draw: DrawMasks = complementary_masks
+    ) -> dict[str, str]:
         """Which of ``groups`` fail, and why: by halves, since most of many groups are right."""
-        _, problem = self.run(plan, complementary_masks(plan, groups, self.generator))
+        _, problem = self.run(plan, draw(plan, groups, self.generator))
         if problem is None:
             return {}
         if len(groups) == 1:
             return {groups[0].name: problem}
         middle = len(groups) // 2
-        return self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
+        return self.failing(plan, groups[:middle], draw) | self.failing(plan, groups[middle:], draw)
+
+    def confirm_heads(self, plan: ChannelPlan) -> tuple[ChannelPlan, float]:
+        """The plan, in which only groups that pass without some of their heads say that these can go, and the error."""
+        while claiming := [group for group in plan.groups if group.can_lose_rows]:
+            masks = head_masks(plan, claiming, self.generator)
+            error, problem = self.run(plan, masks)
+            if problem is None:
+                return plan, error
+            # Those that pass alone but not together leave nobody to blame: none of them may lose heads then.
+            failed = self.failing(plan, claiming, head_masks) or {group.name: problem for group in claiming}
+            groups = (replace(group, heads=()) if group.name in failed else group for group in plan.groups)
+            plan = replace(plan, groups=tuple(groups))
+        return plan, 0.0
 
     def _prepare(self, model: nn.Module, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.device = device
@@ -202,7 +223,7 @@ def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:
     for group in survivors:
         fresh = torch.arange(count, count + group.size)
         renumbered[group.channels] = fresh
-        groups.append(ChannelGroup(group.name, fresh, group.rows))
+        groups.append(replace(group, channels=fresh))
         count += group.size
     ids = {name: {dim: renumbered[numbers] for dim, numbers in dims.items()} for name, dims in plan.ids.items()}
     ids = {
