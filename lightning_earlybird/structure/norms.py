@@ -92,9 +92,10 @@ class RaggedGroupNorm(nn.GroupNorm):
         """Normalise each channel over the channels of its group and all positions."""
         # Written with operations that know how to be differentiated in every way (twice, forward, batched, compiled).
         result_dtype = input.dtype
-        if torch.is_autocast_enabled(input.device.type):
+        device = input.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Which dtype autocast gives depends on the device; the function itself knows.
-            result_dtype = nn.functional.group_norm(input.new_zeros(1, 1, 1), 1).dtype
+            result_dtype = nn.functional.group_norm(input.new_zeros(1, 1, 2), 1).dtype
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         positions = tuple(range(2, x.dim()))
         mean = x.mean(positions) if positions else x
