@@ -100,8 +100,8 @@ def extract(model: nn.Module, plan: ChannelPlan, mask: TicketMask, norm: NormGro
     for name, buffer in list(ticket.named_buffers()):
         if name not in state and buffer.shape != model.get_buffer(name).shape:
             register_persistent(ticket, name, buffer)
+    set_heads(ticket, plan, mask)  # first: the width of a head follows from their number
     repair_attributes(ticket, model, plan.input_widths(mask).get)
-    set_heads(ticket, plan, mask)
     if norm == "exact":
         keep_statistics_groups(ticket, model, plan.kept_inputs(mask))
     return ticket

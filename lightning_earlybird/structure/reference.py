@@ -84,29 +84,6 @@ def complementary_masks(
     return TicketMask(first), TicketMask(second)
 
 
-def head_masks(
-    plan: ChannelPlan, groups: Iterable[ChannelGroup], generator: torch.Generator
-) -> tuple[TicketMask, TicketMask]:
-    """Masks that remove whole rows: the first a random number of each of ``groups``, the second those it keeps.
-
-    The first leaves fewer channels in the rows that remain, too; the second leaves them whole, and so are other groups.
-    """
-    chosen = {group.name for group in groups}
-    first: dict[str, Tensor] = {}
-    second: dict[str, Tensor] = {}
-    for group in plan.groups:
-        stays = goes = torch.ones(group.rows, group.width, dtype=torch.bool)
-        if group.name in chosen:
-            count, width = (
-                int(torch.randint(1, limit, (1,), generator=generator)) for limit in (group.rows, group.width + 1)
-            )
-            row = torch.rand(group.rows, 1, generator=generator).argsort(dim=0) < count
-            stays = row & (torch.rand(group.rows, group.width, generator=generator).argsort(dim=1) < width)
-            goes = ~row & goes
-        first[group.name], second[group.name] = stays.flatten(), goes.flatten()
-    return TicketMask(first), TicketMask(second)
-
-
 class ChannelLocalNorms(TorchDispatchMode):
     """Replaces statistics over several channels by a bounded function of each channel alone.
 

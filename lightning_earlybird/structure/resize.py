@@ -11,7 +11,6 @@ from lightning_earlybird.structure.adapters import HEAD_COUNTS, AttributeValue, 
 from lightning_earlybird.structure.extract import register_persistent
 from lightning_earlybird.structure.norms import RaggedGroupNorm
 
-CHOICES = ("num_groups", *HEAD_COUNTS)
 REMEDY = "Build the same dense network that the ticket was made from."
 
 
@@ -36,6 +35,9 @@ def resize_(model: nn.Module, shapes: Mapping[str, Sequence[int]], edits: Mappin
     dense = _copy_of_attributes(model)
     _resize_tensors(model, shapes)
     checked = {name: _checked_edits(dense, name, values) for name, values in edits.items()}
+    for name, values in checked.items():
+        for attribute in values.keys() & set(HEAD_COUNTS):
+            setattr(model.get_submodule(name), attribute, values[attribute])
     repair_attributes(model, dense, lambda module: _input_width(checked.get(module, {})))
     for name, values in checked.items():
         module = model.get_submodule(name)
@@ -44,8 +46,8 @@ def resize_(model: nn.Module, shapes: Mapping[str, Sequence[int]], edits: Mappin
             _make_ragged(name, module, sizes)
         for attribute, value in values.items():
             # The numbers of norm groups and of heads are choices; everything else follows from the tensors.
-            if attribute in CHOICES and not isinstance(module, RaggedGroupNorm):
-                setattr(module, attribute, value)
+            if attribute == "num_groups" and not isinstance(module, RaggedGroupNorm):
+                module.num_groups = value  # type: ignore[assignment]
             elif getattr(module, attribute) != value:
                 raise ValueError(
                     f"attribute {name}.{attribute} = {value} does not fit the tensors, which make it "

@@ -3,7 +3,7 @@
 The dense network computes it with the same channels set to zero.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,19 +13,17 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.extract import extract
+from lightning_earlybird.structure.heads import confirm_heads, rescue_heads
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.reference import (
     HALF_PRECISION,
     ChannelLocalNorms,
     complementary_masks,
     full_precision,
-    head_masks,
     randomised,
     zeroed,
 )
 from lightning_earlybird.structure.trace import undisturbed
-
-DrawMasks = Callable[[ChannelPlan, Sequence[ChannelGroup], torch.Generator], Iterable[TicketMask]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ def verify_plan(
 
     Two complementary masks are tried, so that every channel is once removed and once kept. The extracted networks also
     run backward, in the modes that the network is in (a branch that only training takes must fit as well). Where groups
-    claim that whole heads can go, two further masks remove some; groups that fail these only lose that claim.
+    claim that whole heads can go, two further masks remove some: groups that fail these only lose that claim, and
+    groups that pass nothing else keep it.
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Groups that fail are
@@ -84,9 +83,9 @@ def verify_plan(
         masks = complementary_masks(plan, plan.groups, generator)
         error, problem = trial.run(plan, masks)
         if problem is None:
-            plan, worst = trial.confirm_heads(plan)
+            plan, worst = confirm_heads(plan, trial.compare, generator)
             return Verification(plan, max(error, worst), {})
-        failed = trial.failing(plan, plan.groups)
+        plan, failed = rescue_heads(plan, trial.failing(plan, plan.groups), trial.compare, generator)
         if len(failed) == len(plan.groups):
             raise StructureError(
                 f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
@@ -94,7 +93,15 @@ def verify_plan(
             )
         reduced = freeze_groups(plan, failed)
         # The same masks again: what failed at first must have been these groups.
-        rest = [TicketMask({n: kept for n, kept in mask.kept.items() if n not in failed}) for mask in masks]
+        rest = [
+            TicketMask(
+                {
+                    group.name: kept if len(kept := mask.kept[group.name]) == group.size else kept.new_ones(group.size)
+                    for group in reduced.groups
+                }
+            )
+            for mask in masks
+        ]
         error, together = trial.run(reduced, rest)
         if together is not None:
             raise StructureError(
@@ -102,7 +109,7 @@ def verify_plan(
                 f"verification alone but not together ({together}). Groups whose widths depend on each other in Python "
                 "code are the usual cause."
             )
-        reduced, worst = trial.confirm_heads(reduced)
+        reduced, worst = confirm_heads(reduced, trial.compare, generator)
         return Verification(reduced, max(error, worst), failed)
 
 
@@ -133,36 +140,21 @@ class _Trial:
         """Extract along each mask; relative error and what is wrong, None if nothing is."""
         worst = 0.0
         for mask in masks:
-            error, problem = self._compare(plan, mask)
+            error, problem = self.compare(plan, mask)
             worst = max(worst, error)
             if problem is not None:
                 return worst, problem
         return worst, None
 
-    def failing(
-        self, plan: ChannelPlan, groups: Sequence[ChannelGroup], draw: DrawMasks = complementary_masks
-    ) -> dict[str, str]:
+    def failing(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> dict[str, str]:
         """Which of ``groups`` fail, and why: by halves, since most of many groups are right."""
-        _, problem = self.run(plan, draw(plan, groups, self.generator))
+        _, problem = self.run(plan, complementary_masks(plan, groups, self.generator))
         if problem is None:
             return {}
         if len(groups) == 1:
             return {groups[0].name: problem}
         middle = len(groups) // 2
-        return self.failing(plan, groups[:middle], draw) | self.failing(plan, groups[middle:], draw)
-
-    def confirm_heads(self, plan: ChannelPlan) -> tuple[ChannelPlan, float]:
-        """The plan, in which only groups that pass without some of their heads say that these can go, and the error."""
-        while claiming := [group for group in plan.groups if group.can_lose_rows]:
-            masks = head_masks(plan, claiming, self.generator)
-            error, problem = self.run(plan, masks)
-            if problem is None:
-                return plan, error
-            # Those that pass alone but not together leave nobody to blame: none of them may lose heads then.
-            failed = self.failing(plan, claiming, head_masks) or {group.name: problem for group in claiming}
-            groups = (replace(group, heads=()) if group.name in failed else group for group in plan.groups)
-            plan = replace(plan, groups=tuple(groups))
-        return plan, 0.0
+        return self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
 
     def _prepare(self, model: nn.Module, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.device = device
@@ -175,7 +167,8 @@ class _Trial:
 
         self.args, self.kwargs = tree_map(moved, (tuple(args), dict(kwargs)))
 
-    def _compare(self, plan: ChannelPlan, mask: TicketMask) -> tuple[float, str | None]:
+    def compare(self, plan: ChannelPlan, mask: TicketMask) -> tuple[float, str | None]:
+        """Extract along one mask; relative error and what is wrong, None if nothing is."""
         expected = self._outputs(zeroed(self.reference, plan, mask))
         try:
             ticket = extract(self.reference, plan, mask)

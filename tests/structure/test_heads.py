@@ -12,6 +12,8 @@ from models import Denoiser, tiny_unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_earlybird.budget import draw_mask
+from lightning_earlybird.importance import channel_scores
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure import (
     ChannelGroup,
@@ -331,6 +333,51 @@ def test_heads_that_are_counted_elsewhere_too_lose_the_claim_and_no_channel() ->
     assert result.plan.num_channels == plan.num_channels
     ticket = extract(network, result.plan, TicketMask({g.name: _half(g) for g in result.plan.groups}))
     assert ticket(*args).shape == (2, 5, 6)
+
+
+class FixedWidth(Attention):
+    """Has the width of a head written down, as many do."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, 3).transpose(1, 2)
+
+
+def test_heads_of_fixed_width_can_only_go_as_a_whole() -> None:
+    torch.manual_seed(0)
+    network, args = Tokens(FixedWidth(), Attention(), FixedWidth()), (torch.randn(2, 5, 6),)
+    traced = trace_plan(network, args)
+    result = verify_plan(network, traced, args)
+    plan = result.plan
+    sizes = {group.name: (group.size, group.rows, group.width) for group in with_heads(plan)}
+
+    assert result.failed == {}
+    assert sizes == {"layers.0.q": (4, 4, 1), "layers.1.q": (12, 4, 3), "layers.2.q": (4, 4, 1)}
+    assert plan.num_channels == traced.num_channels - 16
+    assert plan.kept(draw_mask(plan, torch.rand(plan.num_channels), 0.5, round_to=4)).any()
+
+    mask = head_mask(plan, {"layers.0.q": torch.arange(4) % 3 == 0, "layers.1.q": torch.arange(4) > 0})
+    ticket: Any = extract(network, plan, mask)
+    with torch.no_grad():
+        expected, actual = without(network, plan, mask)(*args), ticket(*args)
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    assert [layer.num_heads for layer in ticket.layers] == [2, 3, 4]
+    assert ticket.layers[0].q.weight.shape == (6, 12)
+    # The weights of a head are judged together.
+    scores = channel_scores(dict(network.named_parameters()), plan)
+    assert scores.shape == (plan.num_channels,)
+
+
+def test_heads_that_can_neither_narrow_nor_go_are_frozen() -> None:
+    class Rigid(Attention):
+        def split(self, x: Tensor) -> Tensor:
+            return x.view(*x.shape[:2], 4, 3).transpose(1, 2)
+
+    torch.manual_seed(0)
+    network, args = Tokens(Rigid(), Attention()), (torch.randn(2, 5, 6),)
+    result = verify_plan(network, trace_plan(network, args), args)
+
+    assert set(result.failed) == {"layers.0.q"}
+    assert [group.name for group in with_heads(result.plan)] == ["layers.1.q"]
 
 
 def _half(group: ChannelGroup) -> Tensor:
