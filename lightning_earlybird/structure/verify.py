@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.extract import extract
-from lightning_earlybird.structure.heads import confirm_heads, rescue_heads
+from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.reference import (
     HALF_PRECISION,
@@ -83,9 +83,9 @@ def verify_plan(
         masks = complementary_masks(plan, plan.groups, generator)
         error, problem = trial.run(plan, masks)
         if problem is None:
-            plan, worst = confirm_heads(plan, trial.compare, generator)
+            plan, worst = confirm_heads(plan, trial.compare, masks, generator)
             return Verification(plan, max(error, worst), {})
-        plan, failed = rescue_heads(plan, trial.failing(plan, plan.groups), trial.compare, generator)
+        plan, failed = rescue_heads(plan, trial.failing(plan, plan.groups), trial.compare, masks, generator)
         if len(failed) == len(plan.groups):
             raise StructureError(
                 f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
@@ -109,7 +109,7 @@ def verify_plan(
                 f"verification alone but not together ({together}). Groups whose widths depend on each other in Python "
                 "code are the usual cause."
             )
-        reduced, worst = confirm_heads(reduced, trial.compare, generator)
+        reduced, worst = confirm_heads(reduced, trial.compare, rest, generator)
         return Verification(reduced, max(error, worst), failed)
 
 
