@@ -44,10 +44,12 @@ class RaggedGroupNorm(nn.GroupNorm):
         sizes = _checked(group_sizes)
         object.__setattr__(self, "group_sizes", sizes)  # the base class sets num_groups, which is derived from it
         super().__init__(1, sum(sizes), eps, affine, device, dtype)
-        self._lay_out(torch.device("cpu") if device is None else torch.device(device))
+        self._lay_out(self.weight.device if affine else torch.device(device or torch.get_default_device()))
 
     @classmethod
-    def adopt_(cls, norm: nn.GroupNorm, group_sizes: Sequence[int]) -> "RaggedGroupNorm":
+    def adopt_(
+        cls, norm: nn.GroupNorm, group_sizes: Sequence[int], device: torch.device | None = None
+    ) -> "RaggedGroupNorm":
         """Turn a GroupNorm into a ragged one, in place.
 
         The object stays the same, so that hooks and every other reference to it remain.
@@ -55,6 +57,7 @@ class RaggedGroupNorm(nn.GroupNorm):
         Args:
             norm: A plain GroupNorm whose parameters already have their new width.
             group_sizes: Channels of each group, in order.
+            device: Where it will compute, for a norm without parameters; with them it is theirs.
 
         Raises:
             ValueError: The module is of another class, or the sizes do not add up to its width.
@@ -73,7 +76,7 @@ class RaggedGroupNorm(nn.GroupNorm):
         norm.group_sizes = sizes  # type: ignore[assignment]
         norm.__class__ = cls
         assert isinstance(norm, cls)
-        norm._lay_out(norm.weight.device if norm.affine else torch.device("cpu"))
+        norm._lay_out(norm.weight.device if norm.affine else device or torch.device("cpu"))
         return norm
 
     @property
@@ -130,10 +133,11 @@ class RaggedGroupNorm(nn.GroupNorm):
 
         Not buffers: those would have to come and go in everything that pairs a ticket's tensors with the dense ones.
         """
-        sizes = torch.tensor(self.group_sizes)
-        taken = torch.arange(int(sizes.max())) < sizes[:, None]
-        slots = torch.full(taken.shape, self.num_channels)  # an empty place reads the zero behind the last channel
-        slots[taken] = torch.arange(self.num_channels)
+        with torch.device("cpu"):  # whatever the default device is: these numbers have to exist
+            sizes = torch.tensor(self.group_sizes)
+            taken = torch.arange(int(sizes.max())) < sizes[:, None]
+            slots = torch.full(taken.shape, self.num_channels)  # an empty place reads the zero behind the last channel
+            slots[taken] = torch.arange(self.num_channels)
         channels = taken.flatten().nonzero().flatten()
         self._slots = (slots.flatten().to(device), channels.to(device))
         self._sizes = (sizes.view(-1, 1).to(device), taken.to(device))
@@ -157,6 +161,7 @@ def keep_statistics_groups(ticket: nn.Module, dense: nn.Module, kept: Mapping[st
         kept: Module name -> shape (dense width,), bool: which channels of its input are left.
     """
     originals = dict(dense.named_modules())
+    device = next((parameter.device for parameter in ticket.parameters()), None)
     for name, norm in ticket.named_modules():
         original, stays = originals[name], kept.get(name)
         if type(norm) is not nn.GroupNorm or not isinstance(original, nn.GroupNorm) or stays is None:
@@ -165,7 +170,7 @@ def keep_statistics_groups(ticket: nn.Module, dense: nn.Module, kept: Mapping[st
         if len(set(sizes)) == 1:
             norm.num_groups = len(sizes)
         else:
-            RaggedGroupNorm.adopt_(norm, sizes)
+            RaggedGroupNorm.adopt_(norm, sizes, device)
 
 
 def _checked(group_sizes: Sequence[int]) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def resize_(model: nn.Module, shapes: Mapping[str, Sequence[int]], edits: Mappin
         module = model.get_submodule(name)
         sizes = values.pop("group_sizes", None)
         if isinstance(sizes, tuple) and isinstance(module, nn.GroupNorm):
-            _make_ragged(name, module, sizes)
+            _make_ragged(name, module, sizes, next((parameter.device for parameter in model.parameters()), None))
         for attribute, value in values.items():
             # The numbers of norm groups and of heads are choices; everything else follows from the tensors.
             if attribute == "num_groups" and not isinstance(module, RaggedGroupNorm):
@@ -158,10 +158,10 @@ def _checked_sizes(dense: nn.GroupNorm, name: str, value: Any) -> tuple[int, ...
     return tuple(value)
 
 
-def _make_ragged(name: str, norm: nn.GroupNorm, sizes: tuple[int, ...]) -> None:
+def _make_ragged(name: str, norm: nn.GroupNorm, sizes: tuple[int, ...], device: torch.device | None) -> None:
     if sum(sizes) != norm.num_channels:
         raise ValueError(
             f"attribute {name}.group_sizes = {list(sizes)} adds up to {sum(sizes)} channels and does not fit the "
             f"tensors, which make them {norm.num_channels}. {REMEDY}"
         )
-    RaggedGroupNorm.adopt_(norm, sizes)
+    RaggedGroupNorm.adopt_(norm, sizes, device)

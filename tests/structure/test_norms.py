@@ -202,6 +202,13 @@ def test_a_module_from_the_meta_device_works_once_it_has_values() -> None:
     assert torch.equal(norm.double().float()(x), ragged()(x))
 
 
+def test_a_default_device_without_memory_does_not_matter() -> None:
+    with torch.device("meta"):
+        norm = RaggedGroupNorm.adopt_(nn.GroupNorm(2, 10, affine=False, device="cpu"), SIZES)
+
+    assert torch.equal(norm(sample(2, 10, 4)), ragged(affine=False)(sample(2, 10, 4)))
+
+
 def test_the_number_of_groups_tells_the_truth() -> None:
     norm = ragged()
 
