@@ -335,6 +335,23 @@ def test_heads_that_are_counted_elsewhere_too_lose_the_claim_and_no_channel() ->
     assert ticket(*args).shape == (2, 5, 6)
 
 
+def test_heads_that_can_go_alone_but_not_together_all_stay() -> None:
+    class Hungry(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            if all(layer.num_heads < 4 for layer in self.layers):
+                raise RuntimeError("too few heads")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    network, args = Hungry(Attention(), Attention()), (torch.randn(2, 5, 6),)
+    plan = trace_plan(network, args)
+    result = verify_plan(network, plan, args)
+
+    assert len(with_heads(plan)) == 2
+    assert with_heads(result.plan) == []
+    assert result.failed == {}
+
+
 class FixedWidth(Attention):
     """Has the width of a head written down, as many do."""
 
