@@ -131,18 +131,13 @@ def _without_heads(
 
 def _merge_rows(plan: ChannelPlan, names: Collection[str]) -> ChannelPlan:
     """The plan in which each row of the named groups is a single channel."""
-    renumbered = torch.full((plan.num_channels + 1,), -1, dtype=torch.long)  # the last entry serves id -1
+    numbers = torch.empty(plan.num_channels, dtype=torch.long)
     groups: list[ChannelGroup] = []
     count = 0
     for group in plan.groups:
         size, repeats = (group.rows, group.width) if group.name in names else (group.size, 1)
         fresh = torch.arange(count, count + size)
-        renumbered[group.channels] = fresh.repeat_interleave(repeats)
+        numbers[group.channels] = fresh.repeat_interleave(repeats)
         groups.append(replace(group, channels=fresh))
         count += size
-    return replace(
-        plan,
-        ids={name: {dim: renumbered[numbers] for dim, numbers in dims.items()} for name, dims in plan.ids.items()},
-        groups=tuple(groups),
-        inputs={name: renumbered[numbers] for name, numbers in plan.inputs.items()},
-    )
+    return plan.renumbered(numbers, groups)

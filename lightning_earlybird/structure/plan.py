@@ -1,8 +1,8 @@
 """The channel plan: for every parameter and buffer, which channel each slice belongs to."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,24 @@ class ChannelPlan:
         for index, group in enumerate(self.groups):
             result[group.channels] = index
         return result
+
+    def renumbered(self, numbers: Tensor, groups: Sequence[ChannelGroup]) -> "ChannelPlan":
+        """The plan with other channel ids everywhere.
+
+        Args:
+            numbers: Shape (num_channels,): the new id of each channel, -1 for those that can no longer be pruned; one
+                id for several makes them one channel.
+            groups: The groups that remain, with their new ids.
+        """
+        table = torch.cat([numbers, torch.tensor([-1])])  # the last entry serves id -1
+        ids = {name: {dim: table[old] for dim, old in dims.items()} for name, dims in self.ids.items()}
+        ids = {name: {dim: new for dim, new in dims.items() if bool((new >= 0).any())} for name, dims in ids.items()}
+        return replace(
+            self,
+            ids={name: dims for name, dims in ids.items() if dims},
+            groups=tuple(groups),
+            inputs={name: table[old] for name, old in self.inputs.items()},
+        )
 
     def full_mask(self) -> TicketMask:
         """The mask that keeps everything."""

@@ -210,33 +210,19 @@ class _Trial:
 
 def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:
     """The plan without some of its groups; their channels are never pruned, for the reason given."""
-    survivors = [group for group in plan.groups if group.name not in failed]
-    renumbered = torch.full((plan.num_channels + 1,), -1, dtype=torch.long)  # the last entry serves id -1
-    groups, count = [], 0
-    for group in survivors:
+    numbers = torch.full((plan.num_channels,), -1)
+    groups: list[ChannelGroup] = []
+    frozen = list(plan.frozen)
+    count = 0
+    for group in plan.groups:
+        if group.name in failed:
+            frozen.append(FrozenChannels(group.name, group.size, failed[group.name]))
+            continue
         fresh = torch.arange(count, count + group.size)
-        renumbered[group.channels] = fresh
+        numbers[group.channels] = fresh
         groups.append(replace(group, channels=fresh))
         count += group.size
-    ids = {name: {dim: renumbered[numbers] for dim, numbers in dims.items()} for name, dims in plan.ids.items()}
-    ids = {
-        name: {dim: numbers for dim, numbers in dims.items() if bool((numbers >= 0).any())}
-        for name, dims in ids.items()
-    }
-    return replace(
-        plan,
-        ids={name: dims for name, dims in ids.items() if dims},
-        groups=tuple(groups),
-        inputs={name: renumbered[numbers] for name, numbers in plan.inputs.items()},
-        frozen=(
-            *plan.frozen,
-            *(
-                FrozenChannels(group.name, group.size, failed[group.name])
-                for group in plan.groups
-                if group.name in failed
-            ),
-        ),
-    )
+    return replace(plan.renumbered(numbers, groups), frozen=tuple(frozen))
 
 
 def _tensors(out: Any) -> list[Tensor]:
