@@ -78,13 +78,17 @@ class _Ladder:
     least: int  # items that every row keeps
 
     @classmethod
-    def of(cls, group: ChannelGroup, allocation: Allocation) -> _Ladder:
+    def of(cls, plan: ChannelPlan, group: ChannelGroup, allocation: Allocation) -> _Ladder:
         least, round_to = allocation.min_width, allocation.round_to
         channels = math.ceil(least * group.size) if isinstance(least, float) else least
-        rows, items, weight = group.rows, group.size // group.rows, 1
-        if allocation.heads == "whole" and group.heads and round_to // math.gcd(round_to, items) <= rows:
-            rows, items, weight = 1, rows, items
-        unit = round_to // math.gcd(round_to, rows * weight)
+        rows, items, weight = group.rows, group.width, 1
+        width = rows  # of what leaves at a time, in the network
+        if group.can_lose_rows and group.width == 1:
+            # Heads that cannot be narrowed: each is one channel that stands for all positions of the head.
+            rows, items, width = 1, rows, _positions(plan, group)
+        elif group.can_lose_rows and allocation.heads == "whole" and round_to // math.gcd(round_to, items) <= rows:
+            rows, items, weight, width = 1, rows, items, items
+        unit = round_to // math.gcd(round_to, width)
         steps = max(1, math.ceil(channels / (rows * weight * unit)))
         return cls(group, rows, items, weight, unit, min(items, steps * unit))
 
@@ -131,7 +135,7 @@ class Budget:
         self.allocation = allocation
         self.cost = WidthCost(_counted(plan, allocation.target), plan.groups)
         self.dense = self.cost(torch.tensor([group.size for group in plan.groups]))
-        self._ladders = [_Ladder.of(group, allocation) for group in plan.groups]
+        self._ladders = [_Ladder.of(plan, group, allocation) for group in plan.groups]
         self._always = torch.tensor([ladder.least * ladder.rows * ladder.weight for ladder in self._ladders])
         # One entry for each step of each group, equals in the order in which they are kept: first by the fractional
         # part of multiples of the golden ratio, which spreads any number of them evenly over the depth.
@@ -289,6 +293,13 @@ def draw_mask(
 ) -> TicketMask:
     """Draw one mask; see :class:`Budget`, which is to be kept where several are drawn, and :class:`Allocation`."""
     return Budget(plan, Allocation(target, scope, round_to, min_width, heads)).draw(scores, sparsity)
+
+
+def _positions(plan: ChannelPlan, group: ChannelGroup) -> int:
+    """How many positions of a tensor's dimension one channel of a group stands for, at least."""
+    first = group.channels[0]
+    counts = [int((ids == first).sum()) for dims in plan.ids.values() for ids in dims.values()]
+    return min((count for count in counts if count), default=1)
 
 
 def _counted(plan: ChannelPlan, target: Target) -> Iterable[Product]:

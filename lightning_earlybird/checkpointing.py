@@ -79,6 +79,12 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
                 f"ckpt_path: its tickets have other shapes than those in {present[0]!r}. Build a fresh module and load "
                 "the checkpoint into that."
             )
+        # Shapes alone do not tell how channels are shared out over attention heads and norm groups.
+        if present[1].record is None or present[1].record.edits != record.edits:
+            raise MisconfigurationException(
+                f"ckpt_path: its tickets have other attention heads or norm groups than those in {present[0]!r}. Build "
+                "a fresh module and load the checkpoint into that."
+            )
         for root in (module, *averaged_modules(trainer)):
             ensemble = root.get_submodule(present[0])
             assert isinstance(ensemble, TicketEnsemble)

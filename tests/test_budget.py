@@ -404,6 +404,17 @@ def test_whole_heads_go_in_multiples_that_the_rounding_allows() -> None:
     assert counts(3, 4, 0.5) == 8  # two heads; the third makes the width no multiple
 
 
+def test_heads_of_fixed_width_go_as_a_whole_whatever_is_asked_and_count_with_their_width() -> None:
+    # Eight heads of four positions each, which verification has found to go together: two make a multiple of eight.
+    group = ChannelGroup("heads", torch.arange(8), rows=8, heads=(("attention", "num_heads"),))
+    ids = {"q.weight": {0: torch.arange(8).repeat_interleave(4)}}
+    plan = ChannelPlan(ids=ids, groups=(group,))
+
+    for heads in ("equal", "whole"):
+        assert kept(draw_mask(plan, scores_of(plan), 0.6, heads=heads)) == {"heads": 4}
+        assert kept(draw_mask(plan, scores_of(plan), 0.99, heads=heads)) == {"heads": 2}
+
+
 def test_a_real_plans_products_are_affine_in_every_width() -> None:
     dense, plan = traced("attention_head_dim=8")
 

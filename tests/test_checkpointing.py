@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_earlybird import EarlyBirdDetector, TicketEnsemble, TimestepAwarePruner
 from lightning_earlybird.checkpointing import CHECKPOINT_KEY
+from lightning_earlybird.structure import RaggedGroupNorm
 from lightning_earlybird.transition import averaged_modules
 
 # What Lightning says of callbacks that come, go or keep their files elsewhere.
@@ -271,6 +272,30 @@ def test_tickets_of_the_same_shapes_bring_their_own_regions_and_masks(tmp_path: 
     assert module.model.record.facts == other.model.record.facts
     for ours, theirs in zip(module.model.record.masks, other.model.record.masks, strict=True):
         assert ours.distance(theirs) == 0
+
+
+def test_ragged_norms_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    trainer, _, _ = run(tmp_path, 3, ema=None, norm="exact")
+    tickets = trainer.lightning_module.model.tickets
+    fresh = Repeatable(configure=scheduled)
+    run(tmp_path / "resumed", 3, ema=None, module=fresh, ckpt_path=tmp_path / "epoch=1.ckpt", norm="exact")
+
+    assert any(isinstance(ticket.norm, RaggedGroupNorm) for ticket in tickets)
+    call = torch.randn(4, 1, 4, 4), torch.tensor([0, 299, 300, 999])
+    with torch.no_grad():
+        for ours, theirs in zip(fresh.model.tickets, tickets, strict=True):
+            assert repr(ours) == repr(theirs)
+            assert torch.equal(ours.eval()(*call), theirs.eval()(*call))
+
+
+def test_tickets_with_other_norm_groups_in_the_same_shapes_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "shrunk", 2)
+    module = run(tmp_path / "exact", 2, norm="exact")[0].lightning_module
+    message = "ckpt_path: its tickets have other attention heads or norm groups than those in 'model'. Build a fresh"
+    with pytest.raises(MisconfigurationException, match=message):
+        quiet_trainer(TimestepAwarePruner(REGIONS)).test(
+            module, loader(module), ckpt_path=tmp_path / "shrunk" / "epoch=1.ckpt", verbose=False
+        )
 
 
 def test_other_regions_than_those_of_the_tickets_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from diffusers import UNet2DModel
+from models import tiny_unet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,7 +18,7 @@ from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.files import sha256_of
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepPartition
-from lightning_earlybird.structure import attribute_edits, extract, trace_plan
+from lightning_earlybird.structure import RaggedGroupNorm, attribute_edits, extract, trace_plan, verify_plan
 from lightning_earlybird.tickets import (
     EnsembleFormatError,
     EnsembleRecord,
@@ -151,6 +152,62 @@ def test_a_reloaded_ensemble_is_bit_identical(ensemble, saved):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert loaded.partition == ensemble.partition
     assert loaded.timesteps == ensemble.timesteps
+
+
+@pytest.fixture(scope="session")
+def reshaped():
+    """Tickets whose norms are ragged and whose attention has lost two of four heads."""
+    torch.manual_seed(0)
+    dense = tiny_unet(in_channels=1, out_channels=1)
+    plan = verify_plan(dense, trace_plan(dense, (X[:2], T[:2])), (X[:2], T[:2])).plan
+    partition = TimestepPartition.of(REGIONS)
+    masks = []
+    for gone in range(len(partition)):
+        kept = {}
+        for group in plan.groups:
+            rows = torch.arange(group.rows) != gone
+            columns = torch.arange(group.width) % 3 > 0
+            kept[group.name] = (
+                (rows[:, None] & columns).flatten() if group.can_lose_rows else columns.repeat(group.rows)
+            )
+        masks.append(TicketMask(kept))
+    tickets = [extract(dense, plan, mask, norm="exact") for mask in masks]
+    ensemble = TicketEnsemble(tickets, partition, TimestepArgument("timestep", 1)).eval()
+    edits = tuple(attribute_edits(dense, ticket) for ticket in tickets)
+    ensemble.record = EnsembleRecord(describe_denoiser(dense), edits, tuple(masks))
+    return ensemble
+
+
+def test_ragged_norms_and_missing_heads_are_reloaded_bit_identically(reshaped, tmp_path):
+    save(tmp_path / "ensemble", reshaped, facts=None)
+    loaded = load_ensemble(tmp_path / "ensemble")
+
+    with torch.no_grad():
+        assert torch.equal(loaded(X, T).sample, reshaped(X, T).sample)
+    assert loaded.record.edits == reshaped.record.edits
+    for ours, theirs in zip(loaded.tickets, reshaped.tickets, strict=True):
+        assert repr(ours) == repr(theirs)
+        assert any(isinstance(module, RaggedGroupNorm) for module in ours.modules())
+        assert ours.mid_block.attentions[0].heads == theirs.mid_block.attentions[0].heads == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute", "value", "message"),
+    [
+        ("conv_norm_out", "group_sizes", [1, 1, 9], "conv_norm_out.group_sizes = [1, 1, 9] must list at most 8"),
+        ("conv_norm_out", "group_sizes", [1, 1], "conv_norm_out.group_sizes = [1, 1] adds up to 2 channels"),
+        ("conv_norm_out", "group_sizes", [1, 0], "group_sizes[1]' is 0, expected an integer of at least 1"),
+        ("conv_norm_out", "group_sizes", [1, "2"], "group_sizes[1]' is '2', expected an integer"),
+        ("mid_block.attentions.0", "heads", 5, "mid_block.attentions.0.heads = 5 must be positive and at most 4"),
+        ("mid_block.attentions.0", "heads", 2.5, "heads' is 2.5, expected an integer"),
+    ],
+)
+def test_impossible_norms_and_heads_are_refused(reshaped, tmp_path, module, attribute, value, message):
+    save(tmp_path / "ensemble", reshaped, facts=None)
+    edit(tmp_path / "ensemble", lambda index: index["tickets"][0]["edits"][module].update({attribute: value}))
+
+    with refused(tmp_path / "ensemble", message):
+        load_ensemble(tmp_path / "ensemble")
 
 
 def test_a_reloaded_ensemble_trains_like_the_saved_one(ensemble, saved):

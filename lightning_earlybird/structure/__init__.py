@@ -6,6 +6,7 @@ This is the one place that edits modules.
 from lightning_earlybird.structure.adapters import attribute_edits
 from lightning_earlybird.structure.cost import WidthCost, count_macs, count_parameters
 from lightning_earlybird.structure.extract import Norm, TicketSlicer, extract
+from lightning_earlybird.structure.norms import RaggedGroupNorm
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.resize import resize_
@@ -18,6 +19,7 @@ __all__ = [
     "FrozenChannels",
     "Norm",
     "Product",
+    "RaggedGroupNorm",
     "StructureError",
     "TicketSlicer",
     "Verification",

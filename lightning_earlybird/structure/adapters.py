@@ -10,6 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from lightning_earlybird.structure.norms import RaggedGroupNorm
+
+HEAD_COUNTS = ("heads", "num_heads", "n_heads", "nheads", "n_head", "num_attention_heads", "sliceable_head_dim")
+"""What people call the number of attention heads, and what diffusers keeps beside it."""
+
 AttributeValue = int | tuple[int, ...]
 Attributes = dict[str, AttributeValue]
 
@@ -57,6 +62,8 @@ def _embedding(new: Any, dense: Any, width: int | None) -> Attributes:
 
 def _group_norm(new: Any, dense: Any, width: int | None) -> Attributes:
     channels = new.weight.shape[0] if new.weight is not None else width or dense.num_channels
+    if isinstance(dense, RaggedGroupNorm):
+        return {"num_channels": channels}
     return {"num_channels": channels, "num_groups": largest_divisor(channels, dense.num_groups)}
 
 
@@ -111,7 +118,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     "_ConvNd": Adapter(("in_channels", "out_channels", "groups"), _conv),
     "Linear": Adapter(("in_features", "out_features"), _linear),
     "Embedding": Adapter(("embedding_dim",), _embedding),
-    "GroupNorm": Adapter(("num_channels", "num_groups"), _group_norm, input_dim=1),
+    "GroupNorm": Adapter(("num_channels", "num_groups", "group_sizes"), _group_norm, input_dim=1),
     "_NormBase": Adapter(("num_features",), _batch_norm, input_dim=1),
     "LayerNorm": Adapter(("normalized_shape",), _layer_norm, input_dim=-1),
     "Downsample2D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
@@ -123,6 +130,18 @@ ADAPTERS: Mapping[str, Adapter] = {
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of the module's type or of its nearest base class that has one."""
     return next((ADAPTERS[base.__name__] for base in type(module).__mro__ if base.__name__ in ADAPTERS), None)
+
+
+def head_counts(module: nn.Module) -> dict[str, int]:
+    """The attributes of a module that seem to count attention heads."""
+    own = vars(module)
+    return {name: own[name] for name in HEAD_COUNTS if type(own.get(name)) is int}
+
+
+def changeable(module: nn.Module) -> tuple[str, ...]:
+    """The attributes in which a ticket may differ from its dense network."""
+    adapter = adapter_of(module)
+    return (*(adapter.names if adapter else ()), *head_counts(module))
 
 
 def repair_attributes(new: nn.Module, dense: nn.Module, width_of: Callable[[str], int | None]) -> None:
@@ -154,8 +173,7 @@ def attribute_edits(dense: nn.Module, ticket: nn.Module) -> dict[str, dict[str, 
     originals = dict(dense.named_modules())
     edits: dict[str, dict[str, int | list[int]]] = {}
     for name, module in ticket.named_modules():
-        adapter = adapter_of(module)
-        for attribute in adapter.names if adapter else ():
+        for attribute in changeable(module):
             if not hasattr(module, attribute):
                 continue
             value = getattr(module, attribute)

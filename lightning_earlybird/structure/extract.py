@@ -1,13 +1,15 @@
 """Extraction: a physically smaller network from a dense one."""
 
 import copy
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.adapters import repair_attributes
+from lightning_earlybird.structure.heads import set_heads
+from lightning_earlybird.structure.norms import keep_statistics_groups
 from lightning_earlybird.structure.plan import ChannelPlan
 
 Norm = Literal["shrink", "exact"]
@@ -69,18 +71,22 @@ def extract(model: nn.Module, plan: ChannelPlan, mask: TicketMask, *, norm: Norm
     """The ticket that a mask selects: a plain, smaller network that is independent of the dense one.
 
     The dense network is not changed. Parameter names, tied parameters, train/eval modes, ``requires_grad``, dtype,
-    device and memory format carry over; gradients do not. GroupNorm keeps the largest number of groups that divides its
-    new width and does not exceed the old one.
+    device and memory format carry over; gradients do not. Modules that lose attention heads are told how many are left.
 
     Args:
         model: The dense network that the plan was traced on.
         plan: Its channel plan.
         mask: Which channels stay.
-        norm: What becomes of group norms.
+        norm: Over which channels a GroupNorm takes its statistics. "shrink" gives it the largest number of equal groups
+            that divides its new width and does not exceed the old one, so that channels change groups. "exact" leaves
+            every channel with what remains of its original group; where those differ in width, the norm becomes a
+            :class:`~lightning_earlybird.structure.RaggedGroupNorm`.
 
     Raises:
-        ValueError: The mask does not belong to the plan.
+        ValueError: The mask does not belong to the plan, or ``norm`` is something else.
     """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm={norm!r} must be one of {', '.join(map(repr, get_args(Norm)))}.")
     slicer = TicketSlicer(plan, mask)
     # deepcopy looks tensors up in its memo first: with the slices put there, dense weights are never copied and tied
     # ones stay tied.
@@ -94,7 +100,10 @@ def extract(model: nn.Module, plan: ChannelPlan, mask: TicketMask, *, norm: Norm
     for name, buffer in list(ticket.named_buffers()):
         if name not in state and buffer.shape != model.get_buffer(name).shape:
             register_persistent(ticket, name, buffer)
+    set_heads(ticket, plan, mask)  # first: the width of a head follows from their number
     repair_attributes(ticket, model, plan.input_widths(mask).get)
+    if norm == "exact":
+        keep_statistics_groups(ticket, model, plan.kept_inputs(mask))
     return ticket
 
 

@@ -1,8 +1,8 @@
 """The channel plan: for every parameter and buffer, which channel each slice belongs to."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class ChannelGroup:
         name: The first parameter that produces the channels, without its ``.weight``.
         channels: Global channel ids, shape (size,), in the order in which masks list them.
         rows: Number of equal blocks that must keep equally many channels (attention heads); 1 where the choice is free.
-        heads: Where the number of rows is written down, (module name, attribute): whole rows can be removed then.
+        heads: Where the network keeps the number of rows, as (module name, attribute); with it, whole rows can go.
     """
 
     name: str
@@ -35,6 +35,20 @@ class ChannelGroup:
     def size(self) -> int:
         """Number of channels in the dense network."""
         return len(self.channels)
+
+    @property
+    def width(self) -> int:
+        """Number of channels in one row."""
+        return self.size // self.rows
+
+    @property
+    def can_lose_rows(self) -> bool:
+        """Which masks are allowed: every row keeps equally many channels, or (if True) equally many or none."""
+        return bool(self.heads)
+
+    def rows_kept(self, kept: Tensor) -> Tensor:
+        """Shape (rows,), bool: which rows keep any channel, for a mask of shape (size,)."""
+        return kept.view(self.rows, -1).any(dim=1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,25 @@ class ChannelPlan:
             result[group.channels] = index
         return result
 
+    def renumbered(self, numbers: Tensor, groups: Sequence[ChannelGroup]) -> "ChannelPlan":
+        """The plan with other channel ids everywhere.
+
+        Args:
+            numbers: Shape (num_channels,): the new id of each channel, -1 for those that can no longer be pruned; one
+                id for several makes them one channel.
+            groups: The groups that remain, with their new ids.
+        """
+        table = torch.cat([numbers, torch.tensor([-1])])  # the last entry serves id -1
+        ids = {name: {dim: table[old] for dim, old in dims.items()} for name, dims in self.ids.items()}
+        ids = {name: {dim: new for dim, new in dims.items() if bool((new >= 0).any())} for name, dims in ids.items()}
+        return replace(
+            self,
+            ids={name: dims for name, dims in ids.items() if dims},
+            groups=tuple(groups),
+            inputs={name: table[old] for name, old in self.inputs.items()},
+            macs=tuple(Product(each.constant, tuple(table[old] for old in each.factors)) for each in self.macs),
+        )
+
     def full_mask(self) -> TicketMask:
         """The mask that keeps everything."""
         return TicketMask({group.name: torch.ones(group.size, dtype=torch.bool) for group in self.groups})
@@ -127,10 +160,11 @@ class ChannelPlan:
                     f"mask of group {group.name!r} has {len(kept)} channels, the plan has {group.size}. Draw the mask "
                     "from this plan."
                 )
-            if group.rows > 1 and len(set(kept.view(group.rows, -1).sum(dim=1).tolist())) > 1:
+            counts = set(kept.view(group.rows, -1).sum(dim=1).tolist())
+            if len(counts - {0} if group.can_lose_rows else counts) > 1:
                 raise ValueError(
                     f"mask of group {group.name!r} keeps different numbers in its {group.rows} heads; every head must "
-                    "keep equally many."
+                    f"keep equally many{', or none' if group.can_lose_rows else ''}."
                 )
             result[group.channels] = kept
         return result
@@ -157,8 +191,12 @@ class ChannelPlan:
 
     def input_widths(self, mask: TicketMask) -> dict[str, int]:
         """Width of the input of every module that the trace has seen receive channels, under the mask."""
+        return {module: int(stays.sum()) for module, stays in self.kept_inputs(mask).items()}
+
+    def kept_inputs(self, mask: TicketMask) -> dict[str, Tensor]:
+        """Which channels of those inputs stay: module name -> shape (dense width,), bool."""
         kept = self.kept(mask)
-        return {module: int(((ids < 0) | kept[ids.clamp_min(0)]).sum()) for module, ids in self.inputs.items()}
+        return {module: (ids < 0) | kept[ids.clamp_min(0)] for module, ids in self.inputs.items()}
 
     def row_factors(self, mask: TicketMask) -> dict[str, tuple[int, Tensor]]:
         """What keeps the scores of narrower attention heads as they were.
@@ -174,8 +212,9 @@ class ChannelPlan:
             if ids is None:
                 continue
             stays = ((ids < 0) | kept[ids.clamp_min(0)])[scale.rows]
-            old, new = scale.rows.shape[1], int(stays[0].sum())
-            if new == old:
+            # Heads that are gone altogether do not make the others narrower.
+            old, new = scale.rows.shape[1], int(stays.sum(dim=1).max())
+            if new in (0, old):
                 continue
             _, factors = result.setdefault(scale.tensor, (scale.dim, torch.ones(len(ids))))
             factors[scale.rows.flatten()] = math.sqrt(new / old)

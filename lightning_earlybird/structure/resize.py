@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_earlybird.structure.adapters import AttributeValue, adapter_of, repair_attributes
+from lightning_earlybird.structure.adapters import HEAD_COUNTS, AttributeValue, changeable, repair_attributes
 from lightning_earlybird.structure.extract import register_persistent
+from lightning_earlybird.structure.norms import RaggedGroupNorm
 
 REMEDY = "Build the same dense network that the ticket was made from."
 
@@ -34,20 +35,31 @@ def resize_(model: nn.Module, shapes: Mapping[str, Sequence[int]], edits: Mappin
     dense = _copy_of_attributes(model)
     _resize_tensors(model, shapes)
     checked = {name: _checked_edits(dense, name, values) for name, values in edits.items()}
+    for name, values in checked.items():
+        for attribute in values.keys() & set(HEAD_COUNTS):
+            setattr(model.get_submodule(name), attribute, values[attribute])
     repair_attributes(model, dense, lambda module: _input_width(checked.get(module, {})))
     for name, values in checked.items():
         module = model.get_submodule(name)
+        sizes = values.pop("group_sizes", None)
+        if isinstance(sizes, tuple) and isinstance(module, nn.GroupNorm):
+            _make_ragged(name, module, sizes, next((parameter.device for parameter in model.parameters()), None))
         for attribute, value in values.items():
-            # The number of norm groups is a choice; everything else follows from the tensors.
-            if attribute == "num_groups":
+            # The numbers of norm groups and of heads are choices; everything else follows from the tensors.
+            if attribute == "num_groups" and not isinstance(module, RaggedGroupNorm):
                 module.num_groups = value  # type: ignore[assignment]
             elif getattr(module, attribute) != value:
                 raise ValueError(
                     f"attribute {name}.{attribute} = {value} does not fit the tensors, which make it "
                     f"{getattr(module, attribute)}. {REMEDY}"
                 )
+        heads, width = values.get("heads"), getattr(module, "inner_dim", None)
+        if isinstance(heads, int) and isinstance(width, int) and width % heads:
+            raise ValueError(f"attribute {name}.heads = {heads} does not divide its width of {width}. {REMEDY}")
     for name, module in model.named_modules():
-        if isinstance(module, nn.GroupNorm) and module.num_channels % module.num_groups:
+        if isinstance(module, RaggedGroupNorm) or not isinstance(module, nn.GroupNorm):
+            continue
+        if module.num_channels % module.num_groups:
             raise ValueError(
                 f"attribute {name}.num_groups = {module.num_groups} does not divide its {module.num_channels} "
                 f"channels. {REMEDY}"
@@ -109,11 +121,14 @@ def _checked_edits(dense: nn.Module, name: str, values: Mapping[str, Any]) -> di
         module = dense.get_submodule(name)
     except AttributeError:
         raise ValueError(f"module {name!r} is not in the network. {REMEDY}") from None
-    adapter = adapter_of(module)
+    allowed = changeable(module)
     checked: dict[str, AttributeValue] = {}
     for attribute, value in values.items():
+        if attribute == "group_sizes" and type(module) is nn.GroupNorm:
+            checked[attribute] = _checked_sizes(module, name, value)
+            continue
         old = getattr(module, attribute, None)
-        if adapter is None or attribute not in adapter.names or not isinstance(old, int | tuple):
+        if attribute not in allowed or not isinstance(old, int | tuple):
             raise ValueError(f"attribute {name}.{attribute} is not a width that a ticket may change.")
         given, limits = ([value], [old]) if isinstance(old, int) else (value, old)
         if (
@@ -126,3 +141,27 @@ def _checked_edits(dense: nn.Module, name: str, values: Mapping[str, Any]) -> di
             raise ValueError(f"attribute {name}.{attribute} = {value!r} must be positive and at most {old}. {REMEDY}")
         checked[attribute] = value if isinstance(old, int) else tuple(given)
     return checked
+
+
+def _checked_sizes(dense: nn.GroupNorm, name: str, value: Any) -> tuple[int, ...]:
+    """Widths of what is left of the groups of a norm; no group can grow, and none can be added."""
+    limit = dense.num_channels // dense.num_groups
+    if (
+        not isinstance(value, list | tuple)
+        or not 1 <= len(value) <= dense.num_groups
+        or any(type(size) is not int or not 1 <= size <= limit for size in value)
+    ):
+        raise ValueError(
+            f"attribute {name}.group_sizes = {value!r} must list at most {dense.num_groups} positive numbers, each at "
+            f"most {limit}. {REMEDY}"
+        )
+    return tuple(value)
+
+
+def _make_ragged(name: str, norm: nn.GroupNorm, sizes: tuple[int, ...], device: torch.device | None) -> None:
+    if sum(sizes) != norm.num_channels:
+        raise ValueError(
+            f"attribute {name}.group_sizes = {list(sizes)} adds up to {sum(sizes)} channels and does not fit the "
+            f"tensors, which make them {norm.num_channels}. {REMEDY}"
+        )
+    RaggedGroupNorm.adopt_(norm, sizes, device)

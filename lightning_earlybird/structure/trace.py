@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_earlybird.structure.adapters import adapter_of
 from lightning_earlybird.structure.assemble import assemble
+from lightning_earlybird.structure.heads import find_heads
 from lightning_earlybird.structure.plan import ChannelPlan, StructureError
 from lightning_earlybird.structure.tracer import ChannelTracer, QueryWatch
 
@@ -67,7 +68,7 @@ def trace_plan(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
     for leaf in tree_flatten(_plain(out))[0]:
         for axis in tracer.axes(leaf):
             tracer.couplings.freeze(axis, "the network's output")
-    plan = assemble(tracer)
+    plan = find_heads(model, assemble(tracer))
     if not plan.groups:
         reasons = sorted({entry.reason for entry in plan.frozen}) or ["no layer produces channels"]
         raise StructureError(

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.extract import extract
+from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
-from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.reference import (
     HALF_PRECISION,
     ChannelLocalNorms,
@@ -31,7 +31,7 @@ class Verification:
     """What verification found.
 
     Attributes:
-        plan: The plan to use: the one given, without the groups that failed.
+        plan: The plan to use: the one given, without the groups that failed, and with ``heads`` only where that works.
         max_error: Largest difference between extracted and zeroed dense output, relative to the largest output.
         failed: Group name -> what went wrong.
     """
@@ -54,7 +54,9 @@ def verify_plan(
     """Extract at random, non-uniform ratios and compare with the zeroed dense network.
 
     Two complementary masks are tried, so that every channel is once removed and once kept. The extracted networks also
-    run backward, in the modes that the network is in (a branch that only training takes must fit as well).
+    run backward, in the modes that the network is in (a branch that only training takes must fit as well). Where groups
+    claim that whole heads can go, two further masks remove some: groups that fail these only lose that claim, and
+    groups that pass nothing else keep it.
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Groups that fail are
@@ -81,8 +83,9 @@ def verify_plan(
         masks = complementary_masks(plan, plan.groups, generator)
         error, problem = trial.run(plan, masks)
         if problem is None:
-            return Verification(plan, error, {})
-        failed = trial.failing(plan, plan.groups)
+            plan, worst = confirm_heads(plan, trial.compare, masks, generator)
+            return Verification(plan, max(error, worst), {})
+        plan, failed = rescue_heads(plan, trial.failing(plan, plan.groups), trial.compare, masks, generator)
         if len(failed) == len(plan.groups):
             raise StructureError(
                 f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
@@ -90,7 +93,15 @@ def verify_plan(
             )
         reduced = freeze_groups(plan, failed)
         # The same masks again: what failed at first must have been these groups.
-        rest = [TicketMask({n: kept for n, kept in mask.kept.items() if n not in failed}) for mask in masks]
+        rest = [
+            TicketMask(
+                {
+                    group.name: kept if len(kept := mask.kept[group.name]) == group.size else kept.new_ones(group.size)
+                    for group in reduced.groups
+                }
+            )
+            for mask in masks
+        ]
         error, together = trial.run(reduced, rest)
         if together is not None:
             raise StructureError(
@@ -98,7 +109,8 @@ def verify_plan(
                 f"verification alone but not together ({together}). Groups whose widths depend on each other in Python "
                 "code are the usual cause."
             )
-        return Verification(reduced, error, failed)
+        reduced, worst = confirm_heads(reduced, trial.compare, rest, generator)
+        return Verification(reduced, max(error, worst), failed)
 
 
 class _Trial:
@@ -128,7 +140,7 @@ class _Trial:
         """Extract along each mask; relative error and what is wrong, None if nothing is."""
         worst = 0.0
         for mask in masks:
-            error, problem = self._compare(plan, mask)
+            error, problem = self.compare(plan, mask)
             worst = max(worst, error)
             if problem is not None:
                 return worst, problem
@@ -155,7 +167,8 @@ class _Trial:
 
         self.args, self.kwargs = tree_map(moved, (tuple(args), dict(kwargs)))
 
-    def _compare(self, plan: ChannelPlan, mask: TicketMask) -> tuple[float, str | None]:
+    def compare(self, plan: ChannelPlan, mask: TicketMask) -> tuple[float, str | None]:
+        """Extract along one mask; relative error and what is wrong, None if nothing is."""
         expected = self._outputs(zeroed(self.reference, plan, mask))
         try:
             ticket = extract(self.reference, plan, mask)
@@ -197,34 +210,19 @@ class _Trial:
 
 def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:
     """The plan without some of its groups; their channels are never pruned, for the reason given."""
-    survivors = [group for group in plan.groups if group.name not in failed]
-    renumbered = torch.full((plan.num_channels + 1,), -1, dtype=torch.long)  # the last entry serves id -1
-    groups, count = [], 0
-    for group in survivors:
+    numbers = torch.full((plan.num_channels,), -1)
+    groups: list[ChannelGroup] = []
+    frozen = list(plan.frozen)
+    count = 0
+    for group in plan.groups:
+        if group.name in failed:
+            frozen.append(FrozenChannels(group.name, group.size, failed[group.name]))
+            continue
         fresh = torch.arange(count, count + group.size)
-        renumbered[group.channels] = fresh
-        groups.append(ChannelGroup(group.name, fresh, group.rows))
+        numbers[group.channels] = fresh
+        groups.append(replace(group, channels=fresh))
         count += group.size
-    ids = {name: {dim: renumbered[numbers] for dim, numbers in dims.items()} for name, dims in plan.ids.items()}
-    ids = {
-        name: {dim: numbers for dim, numbers in dims.items() if bool((numbers >= 0).any())}
-        for name, dims in ids.items()
-    }
-    return replace(
-        plan,
-        ids={name: dims for name, dims in ids.items() if dims},
-        groups=tuple(groups),
-        inputs={name: renumbered[numbers] for name, numbers in plan.inputs.items()},
-        macs=tuple(Product(each.constant, tuple(renumbered[ids] for ids in each.factors)) for each in plan.macs),
-        frozen=(
-            *plan.frozen,
-            *(
-                FrozenChannels(group.name, group.size, failed[group.name])
-                for group in plan.groups
-                if group.name in failed
-            ),
-        ),
-    )
+    return replace(plan.renumbered(numbers, groups), frozen=tuple(frozen))
 
 
 def _tensors(out: Any) -> list[Tensor]:
