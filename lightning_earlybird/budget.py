@@ -260,24 +260,41 @@ class Budget:
         return self._exchanged(counts, goal, TOLERANCE * sparsity * self.dense)
 
     def _exchanged(self, counts: Tensor, goal: float, tolerance: float) -> Tensor:
-        """Add or take single steps while the goal is missed by more than the tolerance and they bring it nearer."""
-        error = abs(self.cost(counts) - goal)
-        while error > tolerance:
-            neighbours = []
-            for number, ladder in enumerate(self._ladders):
-                scale = ladder.rows * ladder.weight
-                ways = [ladder.least * scale, *(kept * scale for kept in ladder.steps)]
-                here = ways.index(int(counts[number]))
-                for there in (here - 1, here + 1):
-                    if 0 <= there < len(ways):
-                        neighbour = counts.clone()
-                        neighbour[number] = ways[there]
-                        neighbours.append(neighbour)
-            best = min(neighbours, key=lambda each: abs(self.cost(each) - goal), default=counts)
-            if abs(self.cost(best) - goal) >= error:
+        """Add or take a step, or two, while the goal is missed by more than the tolerance and that brings it nearer."""
+
+        def miss(each: Tensor) -> float:
+            return abs(self.cost(each) - goal)
+
+        while miss(counts) > tolerance:
+            moves = self._moves(counts)
+            if not len(moves):
                 break
-            counts, error = best, abs(self.cost(best) - goal)
+            # Of pairs there are many; their costs are nearly those of their two moves, which tells the best few.
+            changes = torch.tensor([self.cost(counts + move) - self.cost(counts) for move in moves]).double()
+            together = (self.cost(counts) - goal + changes[:, None] + changes).abs()
+            same = (moves[:, None] != 0) & (moves != 0)
+            together[same.any(dim=2)] = torch.inf
+            best = together.flatten().argsort(stable=True)[:16]
+            pairs = moves[best // len(moves)] + moves[best % len(moves)]
+            candidates = [counts + move for move in (*moves, *pairs[together.flatten()[best].isfinite()])]
+            nearest = min(candidates, key=miss)
+            if miss(nearest) >= miss(counts):
+                break
+            counts = nearest
         return counts
+
+    def _moves(self, counts: Tensor) -> Tensor:
+        """Every single step up or down from here, as differences of the counts: shape (moves, groups)."""
+        moves = []
+        for number, ladder in enumerate(self._ladders):
+            ways = [kept * ladder.rows * ladder.weight for kept in (ladder.least, *ladder.steps)]
+            here = ways.index(int(counts[number]))
+            for there in (here - 1, here + 1):
+                if 0 <= there < len(ways):
+                    move = torch.zeros_like(counts)
+                    move[number] = ways[there] - ways[here]
+                    moves.append(move)
+        return torch.stack(moves) if moves else counts.new_zeros(0, len(counts))
 
 
 def draw_mask(
