@@ -74,6 +74,7 @@ class ChannelPlan:
         unknown_operations: Operation name -> number of calls that the tracer had no rule for (their channels are
             frozen).
         query_scales: Where a narrower attention head needs its query rescaled to compute the same scores.
+        verified: Whether ``verify_plan`` has returned this plan; nothing is trained that comes from another one.
     """
 
     ids: Mapping[str, Mapping[int, Tensor]]
@@ -82,6 +83,7 @@ class ChannelPlan:
     frozen: tuple[FrozenChannels, ...] = ()
     unknown_operations: Mapping[str, int] = field(default_factory=dict)
     query_scales: tuple[QueryScale, ...] = ()
+    verified: bool = False
 
     @property
     def num_channels(self) -> int:

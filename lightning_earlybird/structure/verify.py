@@ -3,6 +3,8 @@
 The dense network computes it with the same channels set to zero.
 """
 
+import contextlib
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,17 +14,25 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.structure.crop import FACTORS, Call, OperationLog, crop
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.reference import (
     HALF_PRECISION,
     ChannelLocalNorms,
     complementary_masks,
+    converted,
+    doubled,
     full_precision,
+    limited,
+    permute_,
     randomised,
     zeroed,
 )
 from lightning_earlybird.structure.trace import undisturbed
+
+ROUNDS = 3  # searches for groups that fail, before giving up
+NARROW, FURTHER_DRAWS = 8, 3  # channels of a row up to which more masks are tried, and how many pairs of them
 
 
 @dataclass(frozen=True)
@@ -52,17 +62,21 @@ def verify_plan(
 ) -> Verification:
     """Extract at random, non-uniform ratios and compare with the zeroed dense network.
 
-    Two complementary masks are tried, so that every channel is once removed and once kept. The extracted networks also
-    run backward, in the modes that the network is in (a branch that only training takes must fit as well).
+    Three things must hold. Channels that change places, everywhere alike, change nothing. Tickets of two complementary
+    masks, so that every channel is once removed and once kept, compute what the dense network computes with the same
+    channels zeroed; groups of few channels, where a wrong plan might pass by luck, are tried with more masks. And those
+    tickets run backward, in the modes that the network is in (a branch that only training takes must fit as well).
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
-    float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Groups that fail are
-    searched for by halves, and frozen.
+    float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Where fewer pixels
+    make the network compute the same operations, it is given fewer. Groups that fail are searched for by halves, and
+    frozen.
 
     Args:
         model: The dense denoiser.
         plan: Its traced plan.
-        args: Positional arguments of one call; one or two samples are enough.
+        args: Positional arguments of one call; one sample is enough: channels are told apart by what happens to them,
+            and no tensor of a network grows with the batch.
         kwargs: Keyword arguments of that call.
         seed: Seed of the random weights and ratios.
         tolerance: Largest relative difference that counts as equal. On U-Nets of 20 to 230 convolutions rounding made
@@ -77,27 +91,29 @@ def verify_plan(
     generator = torch.Generator().manual_seed(seed)
     with full_precision():
         trial = _Trial(model, args, kwargs or {}, tolerance, generator)
-        masks = complementary_masks(plan, plan.groups, generator)
-        error, problem = trial.run(plan, masks)
-        if problem is None:
-            return Verification(plan, error, {})
-        failed = trial.failing(plan, plan.groups)
-        if len(failed) == len(plan.groups):
-            raise StructureError(
-                f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
-                f"First: {next(iter(failed.values()))}"
-            )
-        reduced = freeze_groups(plan, failed)
-        # The same masks again: what failed at first must have been these groups.
-        rest = [TicketMask({n: kept for n, kept in mask.kept.items() if n not in failed}) for mask in masks]
-        error, together = trial.run(reduced, rest)
-        if together is not None:
-            raise StructureError(
-                f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass "
-                f"verification alone but not together ({together}). Groups whose widths depend on each other in Python "
-                "code are the usual cause."
-            )
-        return Verification(reduced, error, failed)
+        failed: dict[str, str] = {}
+        reduced, found = plan, {}
+        for _ in range(ROUNDS):
+            # The same draws decide which groups failed, and once more whether the others pass together.
+            trial.draw(reduced)
+            error, problem = trial.run(reduced, reduced.groups)
+            if problem is None:
+                return Verification(replace(reduced, verified=True), error, failed)
+            found = trial.failing(reduced, reduced.groups)
+            failed |= found
+            if len(failed) == len(plan.groups):
+                raise StructureError(
+                    f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
+                    f"First: {next(iter(failed.values()))}"
+                )
+            if not found:
+                break
+            reduced = freeze_groups(reduced, found)
+        raise StructureError(
+            f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass "
+            f"verification alone but not together ({problem}). Groups whose widths depend on each other in Python "
+            "code are the usual cause."
+        )
 
 
 class _Trial:
@@ -112,30 +128,47 @@ class _Trial:
         generator: torch.Generator,
     ) -> None:
         self.tolerance, self.generator = tolerance, generator
+        self.masks: list[TicketMask] = []
+        self.further: list[TicketMask] = []
         own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._prepare(model, torch.device("cpu"), args, kwargs)
         try:
-            self._outputs(self.reference)
+            log = self._log()
         except Exception:  # a network may insist on its device
             if own.type == "cpu":
                 raise
             self._prepare(model, own, args, kwargs)
+            log = self._log()
             self.tolerance = max(tolerance, 1e-2)  # convolutions there may round to ten bits (TF32)
-        self.keeps_modes = self._runs_in_its_modes()
+        self.keeps_modes = self._crop(log) or self._runs_in_its_modes()
+        self.doubled = self._in_double_precision() if self.device.type == "cpu" else None
 
-    def run(self, plan: ChannelPlan, masks: Iterable[TicketMask]) -> tuple[float, str | None]:
-        """Extract along each mask; relative error and what is wrong, None if nothing is."""
-        worst = 0.0
-        for mask in masks:
-            error, problem = self._compare(plan, mask)
-            worst = max(worst, error)
+    def draw(self, plan: ChannelPlan) -> None:
+        """Draw the masks that the next calls of :meth:`run` try."""
+        narrow = [group for group in plan.groups if 1 < group.size // group.rows <= NARROW]
+        self.masks = list(complementary_masks(plan, plan.groups, self.generator))
+        self.further = [
+            mask
+            for _ in range(FURTHER_DRAWS if narrow else 0)
+            for mask in complementary_masks(plan, narrow, self.generator, coprime=False)
+        ]
+
+    def run(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
+        """Try ``groups``, all others whole; relative error and what is wrong, None if nothing is."""
+        worst, problem = self._compare_permuted(plan, groups)
+        for index, mask in enumerate((*self.masks, *self.further)):
             if problem is not None:
-                return worst, problem
-        return worst, None
+                break
+            part = limited(mask, groups)
+            if part.num_kept == part.num_channels and index >= len(self.masks):
+                continue
+            error, problem = self._compare(plan, part, backward=index < len(self.masks))
+            worst = max(worst, error)
+        return worst, problem
 
     def failing(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> dict[str, str]:
         """Which of ``groups`` fail, and why: by halves, since most of many groups are right."""
-        _, problem = self.run(plan, complementary_masks(plan, groups, self.generator))
+        _, problem = self.run(plan, groups)
         if problem is None:
             return {}
         if len(groups) == 1:
@@ -154,29 +187,77 @@ class _Trial:
 
         self.args, self.kwargs = tree_map(moved, (tuple(args), dict(kwargs)))
 
-    def _compare(self, plan: ChannelPlan, mask: TicketMask) -> tuple[float, str | None]:
+    def _crop(self, full: OperationLog) -> bool:
+        """Take fewer pixels where the network computes the same operations on them, and trains on them.
+
+        Returns:
+            Whether it does.
+        """
+        whole = self.args, self.kwargs
+        for factor in FACTORS:
+            smaller = crop(*whole, factor)
+            if smaller is not None:
+                self.args, self.kwargs = smaller
+                with contextlib.suppress(Exception):  # not a network for any size
+                    if self._log().stands_for(full) and self._runs_in_its_modes():
+                        return True
+                self.args, self.kwargs = whole
+        return False
+
+    def _log(self) -> OperationLog:
+        log = OperationLog(self.reference)
+        with undisturbed(self.reference), log:
+            self._call(self.reference)
+        return log
+
+    def _compare_permuted(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
+        """In double precision: channels are summed in another order, and rounding grows with depth."""
+        if self.doubled is None:
+            return 0.0, None
+        network, given, expected = self.doubled
+        changed = copy.deepcopy(network)
+        permute_(changed, plan, groups, self.generator)
+        return self._difference(expected, self._outputs(changed, given), "once its channels change places, ")
+
+    def _in_double_precision(self) -> tuple[nn.Module, Call, list[Tensor]] | None:
+        """The network, its call and the outputs; None for networks that insist on single precision."""
+        network = converted(self.reference, doubled)
+        given = tree_map(lambda leaf: doubled(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+        try:
+            return network, given, self._outputs(network, given)
+        except Exception:
+            return None
+
+    def _compare(self, plan: ChannelPlan, mask: TicketMask, *, backward: bool) -> tuple[float, str | None]:
         expected = self._outputs(zeroed(self.reference, plan, mask))
         try:
             ticket = extract(self.reference, plan, mask)
             actual = self._outputs(ticket)
-            self._backward(ticket)
+            if backward:
+                self._backward(ticket)
         except Exception as problem:  # whatever user code raises on a narrower network is the finding
             return float("inf"), f"{type(problem).__name__}: {problem}"
+        return self._difference(expected, actual, "")
+
+    def _difference(
+        self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str
+    ) -> tuple[float, str | None]:
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
-            return float("inf"), "the output changes its shape"
+            return float("inf"), f"{when}the output changes its shape"
         scale = max((float(tensor.abs().max()) for tensor in expected), default=0.0)
         if scale == 0.0:
             return float("inf"), "the output is zero whatever the weights"
         error = max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True)) / scale
-        return error, None if error <= self.tolerance else f"the output differs by {error:.1e} (relative)"
+        return error, None if error <= self.tolerance else f"{when}the output differs by {error:.1e} (relative)"
 
-    def _call(self, network: nn.Module) -> list[Tensor]:
+    def _call(self, network: nn.Module, given: Call | None = None) -> list[Tensor]:
+        args, kwargs = given or (self.args, self.kwargs)
         with torch.autocast(self.device.type, enabled=False):
-            return _tensors(network(*self.args, **self.kwargs))
+            return _tensors(network(*args, **kwargs))
 
-    def _outputs(self, network: nn.Module) -> list[Tensor]:
+    def _outputs(self, network: nn.Module, given: Call | None = None) -> list[Tensor]:
         with undisturbed(network), ChannelLocalNorms():
-            return self._call(network)
+            return self._call(network, given)
 
     def _runs_in_its_modes(self) -> bool:
         """False where training needs more than a sample or two (batch normalisation)."""
