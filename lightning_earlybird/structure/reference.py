@@ -71,9 +71,7 @@ def randomised(model: nn.Module, device: torch.device, generator: torch.Generato
     return result
 
 
-def permute_(
-    model: nn.Module, plan: ChannelPlan, groups: Iterable[ChannelGroup], generator: torch.Generator
-) -> None:
+def permute_(model: nn.Module, plan: ChannelPlan, groups: Iterable[ChannelGroup], generator: torch.Generator) -> None:
     """Let the channels of ``groups`` change places, wherever the plan says that they live; in place.
 
     The channels of each row of a group (each attention head) move on by one, in a random order. Only channels that live
@@ -129,7 +127,8 @@ def complementary_masks(
         stays = goes = torch.ones(group.rows, width, dtype=torch.bool)
         if group.name in chosen and width > 1:
             if width not in shares:
-                least = max(1, width // 4)
+                # One channel alone would be broadcast where it does not fit.
+                least = max(1 if coprime or width < 4 else 2, width // 4)
                 numbers = [
                     number for number in range(least, width - least + 1) if not coprime or math.gcd(number, width) == 1
                 ]

@@ -5,7 +5,7 @@ The dense network computes it with the same channels set to zero.
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,8 +91,10 @@ def verify_plan(
     generator = torch.Generator().manual_seed(seed)
     with full_precision():
         trial = _Trial(model, args, kwargs or {}, tolerance, generator)
-        failed: dict[str, str] = {}
-        reduced, found = plan, {}
+        failed = scattered_groups(plan)
+        if len(failed) == len(plan.groups):
+            raise StructureError(f"plan: no channel group is whole ({next(iter(failed.values()))}). Trace it again.")
+        reduced, problem = freeze_groups(plan, failed) if failed else plan, None
         for _ in range(ROUNDS):
             # The same draws decide which groups failed, and once more whether the others pass together.
             trial.draw(reduced)
@@ -239,9 +241,7 @@ class _Trial:
             return float("inf"), f"{type(problem).__name__}: {problem}"
         return self._difference(expected, actual, "")
 
-    def _difference(
-        self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str
-    ) -> tuple[float, str | None]:
+    def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
             return float("inf"), f"{when}the output changes its shape"
         scale = max((float(tensor.abs().max()) for tensor in expected), default=0.0)
@@ -273,6 +273,23 @@ class _Trial:
             outputs = [tensor for tensor in self._call(ticket) if tensor.requires_grad]
             if outputs:
                 torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
+
+
+def scattered_groups(plan: ChannelPlan) -> dict[str, str]:
+    """Groups of which only some channels live in a dimension: a mask could leave nothing of it."""
+    scattered: dict[str, str] = {}
+    group_of = plan.group_of_channel()
+    sizes = torch.tensor([group.size for group in plan.groups])
+    for name, dims in plan.ids.items():
+        for dim, ids in dims.items():
+            counts = torch.bincount(group_of[ids[ids >= 0].unique()], minlength=len(sizes))
+            for index in ((counts > 0) & (counts < sizes)).nonzero().flatten().tolist():
+                group = plan.groups[index]
+                scattered.setdefault(
+                    group.name,
+                    f"only {int(counts[index])} of its {group.size} channels live in dimension {dim} of {name!r}",
+                )
+    return scattered
 
 
 def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:

@@ -111,9 +111,7 @@ def conv(random: Random, shape: Shape) -> nn.Module:
     width, shape.width = shape.width, random.choice(WIDTHS)
     kernel = random.choice([1, 3])
     mode = random.choice(["zeros", "zeros", "reflect", "circular", "replicate"])
-    layer = nn.Conv2d(
-        width, shape.width, kernel, padding=kernel // 2, bias=random.random() < 0.7, padding_mode=mode
-    )
+    layer = nn.Conv2d(width, shape.width, kernel, padding=kernel // 2, bias=random.random() < 0.7, padding_mode=mode)
     return Step(lambda s, h, f: s.layer(h), layer=layer)
 
 
@@ -150,9 +148,7 @@ def linear(random: Random, shape: Shape) -> nn.Module:
 @builder
 def sequence_conv(random: Random, shape: Shape) -> nn.Module:
     width, shape.width = shape.width, random.choice(WIDTHS)
-    return Step(
-        lambda s, h, f: s.layer(h.flatten(2)).unflatten(2, h.shape[2:]), layer=nn.Conv1d(width, shape.width, 1)
-    )
+    return Step(lambda s, h, f: s.layer(h.flatten(2)).unflatten(2, h.shape[2:]), layer=nn.Conv1d(width, shape.width, 1))
 
 
 @builder
