@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_earlybird.compilation import unwrap
@@ -42,11 +43,18 @@ class FoundDenoiser:
         call: One call of it.
         plan: Which channels it has.
         macs: Multiply-accumulate operations for one sample.
+
+    Raises:
+        ValueError: The plan has not been verified.
     """
 
     call: DenoiserCall
     plan: ChannelPlan
     macs: int
+
+    def __post_init__(self) -> None:
+        if not self.plan.verified:
+            raise ValueError("plan has not been verified; use what verify_plan returns, or FoundDenoiser.trace.")
 
     @classmethod
     def trace(cls, module: nn.Module, call: DenoiserCall) -> FoundDenoiser:
@@ -63,23 +71,35 @@ class FoundDenoiser:
                 macs = count_macs(network, args, kwargs)
         except StructureError as error:
             raise MisconfigurationException(f"denoiser={call.name!r}: {error}") from error
-        for name, problem in verified.failed.items():
+        if verified.failed:
             rank_zero_warn(
-                f"denoiser={call.name!r}: the channels of {name!r} stay whole, as pruning them failed verification "
-                f"({problem})."
+                f"denoiser={call.name!r}: the channels of {len(verified.failed)} groups stay whole, as pruning them "
+                f"failed verification: {_by_reason(verified.failed)}."
             )
         plan = verified.plan
-        for entry in plan.frozen:
-            rank_zero_debug(
-                f"denoiser={call.name!r}: {entry.size} channels of {entry.name!r} are never pruned: {entry.reason}."
+        if plan.data_reads:
+            rank_zero_warn(
+                f"denoiser={call.name!r}: Python code reads values of tensors ({'; '.join(plan.data_reads[:3])}). If "
+                "it decides by them what to compute, only the branch that the first batch took has been verified."
             )
-        unknown = f"; no rule for {', '.join(plan.unknown_operations)}" if plan.unknown_operations else ""
+        unknown = f"\nno rule for {', '.join(plan.unknown_operations)}" if plan.unknown_operations else ""
         rank_zero_info(
             f"Early-bird tickets: the denoiser is {call.name!r} ({type(network).__name__}, "
-            f"{count_parameters(network):,} parameters, {macs:,} MACs a sample). {plan.num_channels:,} channels in "
-            f"{len(plan.groups)} groups can be pruned, {sum(entry.size for entry in plan.frozen):,} stay{unknown}."
+            f"{count_parameters(network):,} parameters, {macs:,} MACs a sample).\n{plan.summary()}{unknown}"
         )
         return cls(call, plan, macs)
+
+
+def _by_reason(failed: Mapping[str, str], examples: int = 3) -> str:
+    """What went wrong -> the groups with which it did; numbers in the reasons do not tell them apart."""
+    reasons: dict[str, list[str]] = {}
+    for name, problem in failed.items():
+        reasons.setdefault(re.sub(r"[\d.]+(e[+-]\d+)?", "", problem), []).append(name)
+    parts = []
+    for names in reasons.values():
+        more = f" and {len(names) - examples} more" if len(names) > examples else ""
+        parts.append(f"{', '.join(map(repr, names[:examples]))}{more} ({failed[names[0]]})")
+    return "; ".join(parts)
 
 
 def convert(

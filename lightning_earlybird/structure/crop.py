@@ -25,7 +25,9 @@ class OperationLog(TorchDispatchMode):
         super().__init__()
         self.operations: list[tuple[str, tuple[int, ...]]] = []
         self.shapes: list[tuple[int, ...]] = []
-        self._numbers = {id(tensor): number for number, tensor in enumerate([*model.parameters(), *model.buffers()])}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._names = [name for name, _ in tensors]
+        self._numbers = {id(tensor): number for number, (_, tensor) in enumerate(tensors)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -33,6 +35,10 @@ class OperationLog(TorchDispatchMode):
         self.operations.append((str(func), tuple(number for number in read if number is not None)))
         self.shapes += [tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         return out
+
+    def read(self) -> set[str]:
+        """Names of the parameters and buffers that some operation has read."""
+        return {self._names[number] for _, numbers in self.operations for number in numbers}
 
     def stands_for(self, other: "OperationLog") -> bool:
         """Whether this smaller run computed what the other one did, with no dimension shrunk to a single element.

@@ -74,6 +74,8 @@ class ChannelPlan:
         unknown_operations: Operation name -> number of calls that the tracer had no rule for (their channels are
             frozen).
         query_scales: Where a narrower attention head needs its query rescaled to compute the same scores.
+        data_reads: Where Python code reads values of tensors: of what is decided there, only the branch that was taken
+            has been seen.
         verified: Whether ``verify_plan`` has returned this plan; nothing is trained that comes from another one.
     """
 
@@ -83,12 +85,25 @@ class ChannelPlan:
     frozen: tuple[FrozenChannels, ...] = ()
     unknown_operations: Mapping[str, int] = field(default_factory=dict)
     query_scales: tuple[QueryScale, ...] = ()
+    data_reads: tuple[str, ...] = ()
     verified: bool = False
 
     @property
     def num_channels(self) -> int:
         """Channels that can be pruned."""
         return sum(group.size for group in self.groups)
+
+    def summary(self, examples: int = 3) -> str:
+        """What can be pruned and what stays, by reason; a line each."""
+        lines = [f"{self.num_channels:,} channels in {len(self.groups)} groups can be pruned"]
+        reasons: dict[str, list[FrozenChannels]] = {}
+        for entry in self.frozen:
+            reasons.setdefault(entry.reason, []).append(entry)
+        for reason, entries in sorted(reasons.items(), key=lambda item: -sum(entry.size for entry in item[1])):
+            names = ", ".join(entry.name for entry in entries[:examples])
+            more = f" and {len(entries) - examples} more" if len(entries) > examples else ""
+            lines.append(f"{sum(entry.size for entry in entries):,} stay: {reason} ({names}{more})")
+        return "\n".join(lines)
 
     def group_of_channel(self) -> Tensor:
         """Shape (num_channels,): the index of each channel's group."""

@@ -17,6 +17,7 @@ from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.crop import FACTORS, Call, OperationLog, crop
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
+from lightning_earlybird.structure.preconditions import remedy, undisturbed
 from lightning_earlybird.structure.reference import (
     HALF_PRECISION,
     ChannelLocalNorms,
@@ -29,7 +30,6 @@ from lightning_earlybird.structure.reference import (
     randomised,
     zeroed,
 )
-from lightning_earlybird.structure.trace import undisturbed
 
 ROUNDS = 3  # searches for groups that fail, before giving up
 NARROW, FURTHER_DRAWS = 8, 3  # channels of a row up to which more masks are tried, and how many pairs of them
@@ -106,7 +106,7 @@ def verify_plan(
             if len(failed) == len(plan.groups):
                 raise StructureError(
                     f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
-                    f"First: {next(iter(failed.values()))}"
+                    f"First: {next(iter(failed.values()))}.{remedy(model)}"
                 )
             if not found:
                 break
@@ -114,7 +114,7 @@ def verify_plan(
         raise StructureError(
             f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass "
             f"verification alone but not together ({problem}). Groups whose widths depend on each other in Python "
-            "code are the usual cause."
+            f"code are the usual cause.{remedy(model)}"
         )
 
 
@@ -144,6 +144,7 @@ class _Trial:
             self.tolerance = max(tolerance, 1e-2)  # convolutions there may round to ten bits (TF32)
         self.keeps_modes = self._crop(log) or self._runs_in_its_modes()
         self.doubled = self._in_double_precision() if self.device.type == "cpu" else None
+        self.scale = _largest(self.doubled[2] if self.doubled else self._outputs(self.reference))
 
     def draw(self, plan: ChannelPlan) -> None:
         """Draw the masks that the next calls of :meth:`run` try."""
@@ -244,9 +245,10 @@ class _Trial:
     def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
             return float("inf"), f"{when}the output changes its shape"
-        scale = max((float(tensor.abs().max()) for tensor in expected), default=0.0)
-        if scale == 0.0:
+        if self.scale == 0.0:
             return float("inf"), "the output is zero whatever the weights"
+        # What a mask leaves of a few channels may well be zero.
+        scale = _largest(expected) or self.scale
         error = max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True)) / scale
         return error, None if error <= self.tolerance else f"{when}the output differs by {error:.1e} (relative)"
 
@@ -273,6 +275,10 @@ class _Trial:
             outputs = [tensor for tensor in self._call(ticket) if tensor.requires_grad]
             if outputs:
                 torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
+
+
+def _largest(outputs: Sequence[Tensor]) -> float:
+    return max((float(tensor.abs().max()) for tensor in outputs), default=0.0)
 
 
 def scattered_groups(plan: ChannelPlan) -> dict[str, str]:

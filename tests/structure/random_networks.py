@@ -399,8 +399,10 @@ def resample(random: Random, shape: Shape) -> nn.Module | None:
 
 
 @builder
-def positions(random: Random, shape: Shape) -> nn.Module:
+def positions(random: Random, shape: Shape) -> nn.Module | None:
     """Something is done to channels by their position."""
+    if shape.width < 2:
+        return None
     at = random.randrange(1, shape.width)
     kind = random.choice(["flip", "roll", "swap", "shuffle", "picked", "spatial flip", "part", "two parts", "in place"])
     if kind == "part":

@@ -206,7 +206,7 @@ def test_a_weight_that_is_tied_is_one_tensor_of_the_plan() -> None:
 
 
 def test_a_network_on_the_meta_device_is_refused() -> None:
-    with pytest.raises(StructureError, match=r"parameters on the meta device.* Materialise them first"):
+    with pytest.raises(StructureError, match=r"'weight' is on the meta device.* Materialise it first"):
         trace_plan(nn.Linear(4, 2, device="meta"), (torch.ones(3, 4),))
 
 
