@@ -32,7 +32,7 @@ from lightning_earlybird.structure.reference import (
 )
 
 ROUNDS = 3  # searches for groups that fail, before giving up
-NARROW, FURTHER_DRAWS = 8, 3  # channels of a row up to which more masks are tried, and how many pairs of them
+NARROW, FURTHER_DRAWS = 8, 3  # channels of a group up to which more masks are tried, and how many pairs of them
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Trial:
 
     def draw(self, plan: ChannelPlan) -> None:
         """Draw the masks that the next calls of :meth:`run` try."""
-        narrow = [group for group in plan.groups if 1 < group.size // group.rows <= NARROW]
+        narrow = [group for group in plan.groups if group.size <= NARROW]
         self.masks = list(complementary_masks(plan, plan.groups, self.generator))
         self.further = [
             mask
@@ -165,7 +165,7 @@ class _Trial:
             part = limited(mask, groups)
             if part.num_kept == part.num_channels and index >= len(self.masks):
                 continue
-            error, problem = self._compare(plan, part, backward=index < len(self.masks))
+            error, problem = self._compare(plan, part, further=index >= len(self.masks))
             worst = max(worst, error)
         return worst, problem
 
@@ -231,12 +231,15 @@ class _Trial:
         except Exception:
             return None
 
-    def _compare(self, plan: ChannelPlan, mask: TicketMask, *, backward: bool) -> tuple[float, str | None]:
-        expected = self._outputs(zeroed(self.reference, plan, mask))
+    def _compare(self, plan: ChannelPlan, mask: TicketMask, *, further: bool) -> tuple[float, str | None]:
+        network, given = self.reference, (self.args, self.kwargs)
+        if further and self.doubled is not None:
+            network, given, _ = self.doubled  # where most of the network stays whole, rounding is larger
+        expected = self._outputs(zeroed(network, plan, mask), given)
         try:
-            ticket = extract(self.reference, plan, mask)
-            actual = self._outputs(ticket)
-            if backward:
+            ticket = extract(network, plan, mask)
+            actual = self._outputs(ticket, given)
+            if not further:
                 self._backward(ticket)
         except Exception as problem:  # whatever user code raises on a narrower network is the finding
             return float("inf"), f"{type(problem).__name__}: {problem}"
