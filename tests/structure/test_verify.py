@@ -310,3 +310,76 @@ def test_a_call_that_the_dense_network_refuses_is_reported_as_such() -> None:
 
     with pytest.raises(RuntimeError, match="to have 3 channels"):
         verify_plan(network, plan, (IMAGE[:, :2],))
+
+
+def test_two_channels_of_many_that_are_mixed_up_are_caught_whichever_masks_are_drawn() -> None:
+    # Half of all masks keep or remove both.
+    network = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 8, 1), nn.Conv2d(8, 3, 1))
+    plan = trace_plan(network, (IMAGE,))
+    wrong = plan.ids["1.weight"][1].clone()
+    wrong[3], wrong[20] = 20, 3
+
+    for seed in range(4):
+        failed = verify_plan(network, with_ids(plan, {("1.weight", 1): wrong}), (IMAGE,), seed=seed).failed
+        assert set(failed) == {"0"}
+        assert "once its channels change places, the output differs" in failed["0"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_width_that_is_split_in_parts_the_plan_does_not_know_is_caught(seed: int) -> None:
+    network = TwoLayers(lambda net, h: h.view(h.shape[0], 2, -1, *h.shape[2:]).softmax(dim=3).flatten(1, 2))
+    plan = trace_plan(network, (IMAGE,))
+    assert [group.rows for group in plan.groups] == [2, 1]
+    unaware = replace(plan, groups=tuple(replace(group, rows=1) for group in plan.groups))
+
+    assert verify_plan(network, plan, (IMAGE,), seed=seed).failed == {}
+    failed = verify_plan(network, unaware, (IMAGE,), seed=seed).failed
+    assert set(failed) == {"a"} and "invalid for input of size" in failed["a"]
+
+
+def test_a_group_that_lives_in_a_dimension_in_part_is_frozen_before_anything_is_tried() -> None:
+    network = TwoLayers()
+    plan = trace_plan(network, (IMAGE,))
+    partly = plan.ids["a.bias"][0].clone()
+    partly[5] = -1
+
+    failed = verify_plan(network, with_ids(plan, {("a.bias", 0): partly}), (IMAGE,)).failed
+
+    assert failed == {"a": "only 7 of its 8 channels live in dimension 0 of 'a.bias'"}
+
+
+def test_a_plan_of_which_no_group_is_whole_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1))
+    plan = trace_plan(network, (IMAGE,))
+    partly = torch.tensor([0, 1, 2, 3, 4, 5, 6, -1])
+
+    with pytest.raises(StructureError, match=r"plan: no channel group is whole \(only 7 of its 8 channels live in dim"):
+        verify_plan(network, with_ids(plan, {("0.bias", 0): partly}), (IMAGE,))
+
+
+def test_a_mask_that_leaves_an_output_of_zeros_is_no_failure() -> None:
+    class Dead(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x).relu().amax(dim=(2, 3), keepdim=True))
+
+    network = Dead(nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(6, 3, 1, bias=False))
+    dark = -torch.ones(1, 3, 4, 4)
+
+    for seed in range(6):  # in some of them, a channel that stays is negative throughout
+        assert verify_plan(network, trace_plan(network, (dark,)), (dark,), seed=seed).failed == {}
+
+
+def test_a_network_that_insists_on_single_precision_is_verified_all_the_same() -> None:
+    network = TwoLayers(lambda net, h: nn.functional.conv2d(h.float(), net.b.weight.float(), padding=1).float())
+
+    verified = verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,))
+
+    assert verified.plan.verified
+
+
+def test_only_verification_marks_a_plan_as_verified() -> None:
+    network = TwoLayers()
+    plan = trace_plan(network, (IMAGE,))
+
+    assert not plan.verified
+    assert verify_plan(network, plan, (IMAGE,)).plan.verified
