@@ -216,7 +216,7 @@ def claims(build: Callable[[], UNet2DModel], size: int, rounds: int) -> list[Cla
 
 def verify_on_all_pixels(network: UNet2DModel, plan: ChannelPlan, inputs: tuple[Tensor, Tensor]) -> None:
     """Verification as it is where a network does not run on fewer pixels."""
-    with mock.patch("lightning_earlybird.structure.verify.FACTORS", ()):
+    with mock.patch("lightning_earlybird.structure.crop.FACTORS", ()):
         verify_plan(network, plan, inputs)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_earlybird.structure.preconditions import undisturbed
+from lightning_earlybird.structure.running import undisturbed
 
 
 def count_parameters(network: nn.Module) -> int:

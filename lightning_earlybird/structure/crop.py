@@ -1,5 +1,6 @@
 """A smaller call: the same operations on fewer pixels prove the same about channels, in less time."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_earlybird.structure.running import undisturbed
 
 FACTORS = (4, 2)
 ENOUGH = 64  # pixels; a call that small costs next to nothing as it is
@@ -83,3 +86,22 @@ def crop(args: Sequence[Any], kwargs: Mapping[str, Any], factor: int) -> Call | 
 
 def _is_sample(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 2
+
+
+def smallest_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """The call on the fewest pixels on which the network computes the same operations; the call itself if need be."""
+    whole = tuple(args), dict(kwargs)
+    logs: dict[int, OperationLog] = {}
+    for factor in FACTORS:
+        smaller = crop(*whole, factor)
+        if smaller is not None:
+            with contextlib.suppress(Exception):  # not a network for any size
+                for divisor, call in ((1, whole), (factor, smaller)):
+                    if divisor not in logs:
+                        log = OperationLog(model)
+                        with undisturbed(model), log:
+                            model(*call[0], **call[1])
+                        logs[divisor] = log
+                if logs[factor].stands_for(logs[1]):
+                    return smaller
+    return whole

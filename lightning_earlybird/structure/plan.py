@@ -178,6 +178,6 @@ class ChannelPlan:
             old, new = scale.rows.shape[1], int(stays[0].sum())
             if new == old:
                 continue
-            _, factors = result.setdefault(scale.tensor, (scale.dim, torch.ones(len(ids))))
+            _, factors = result.setdefault(scale.tensor, (scale.dim, torch.ones(len(ids), dtype=torch.float64)))
             factors[scale.rows.flatten()] = math.sqrt(new / old)
         return result

@@ -1,8 +1,7 @@
 """What a network must be like to be traced, and what to do where it is not."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,23 +12,9 @@ from torch.utils._pytree import tree_map
 
 from lightning_earlybird.structure.crop import OperationLog
 from lightning_earlybird.structure.plan import StructureError
+from lightning_earlybird.structure.running import undisturbed
 
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@contextmanager
-def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Iterator[None]:
-    """No gradients, and evaluation mode unless told otherwise; modes and random states are as before afterwards."""
-    training = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    if evaluate:
-        model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 def check_traceable(model: nn.Module) -> None:

@@ -14,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
-
 
 def zeroed(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
     """A copy of the dense network in which every slice that the mask removes is zero."""
@@ -30,34 +28,28 @@ def zeroed(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
     return result
 
 
-def converted(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy whose parameters and buffers are what ``convert`` makes of the model's; it must return new tensors.
-
-    ``nn.Module.to`` would copy everything on the model's device first, and some networks have ideas of their own about
-    it.
-    """
-    memo: dict[int, Any] = {}  # deepcopy finds the tensors here
-    for tensor in [*model.parameters(), *model.buffers()]:
-        new = convert(tensor.detach())
-        memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-    result: nn.Module = copy.deepcopy(model, memo)
-    return result
+def at_least(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
+    """The type to compute with in place of ``dtype``: not less precise, and of the same kind."""
+    return torch.promote_types(dtype, precision) if dtype.is_floating_point or dtype.is_complex else dtype
 
 
-def doubled(tensor: Tensor) -> Tensor:
-    """A copy in double precision, of numbers that are real."""
-    return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def randomised(model: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module:
-    """A copy in at least float32 with random weights, ready to be trained.
+def randomised(model: nn.Module, moved: Callable[[Tensor], Tensor], generator: torch.Generator) -> nn.Module:
+    """A copy with random weights, ready to be trained.
 
     The weights are a little larger than what keeps activations at their size, and biases smaller: what happens deep
     inside must not drown on its way to the output, nor grow so much that rounding does the same.
+
+    Args:
+        model: The network.
+        moved: Copies one tensor to the device and the type that are wanted. (``nn.Module.to`` would copy everything on
+            the model's device first, and some networks have ideas of their own about it.)
+        generator: Draws the weights.
     """
-    result = converted(
-        model, lambda t: t.to(device, torch.float32 if t.dtype in HALF_PRECISION else t.dtype, copy=True)
-    )
+    memo: dict[int, Any] = {}  # deepcopy finds the tensors here
+    for tensor in [*model.parameters(), *model.buffers()]:
+        new = moved(tensor.detach())
+        memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+    result: nn.Module = copy.deepcopy(model, memo)
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     with torch.no_grad():

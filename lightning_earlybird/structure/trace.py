@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from lightning_earlybird.structure.adapters import adapter_of
 from lightning_earlybird.structure.assemble import assemble
 from lightning_earlybird.structure.plan import ChannelPlan, StructureError
-from lightning_earlybird.structure.preconditions import check_traceable, refuse_branches, remedy, undisturbed
+from lightning_earlybird.structure.preconditions import check_traceable, refuse_branches, remedy
+from lightning_earlybird.structure.running import undisturbed
 from lightning_earlybird.structure.tracer import ChannelTracer, QueryWatch
 
 

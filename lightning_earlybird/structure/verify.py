@@ -3,7 +3,6 @@
 The dense network computes it with the same channels set to zero.
 """
 
-import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,24 +13,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.structure.crop import FACTORS, Call, OperationLog, crop
+from lightning_earlybird.structure.crop import Call, smallest_call
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
-from lightning_earlybird.structure.preconditions import remedy, undisturbed
+from lightning_earlybird.structure.preconditions import remedy
 from lightning_earlybird.structure.reference import (
-    HALF_PRECISION,
     ChannelLocalNorms,
+    at_least,
     complementary_masks,
-    converted,
-    doubled,
     full_precision,
     limited,
     permute_,
     randomised,
     zeroed,
 )
+from lightning_earlybird.structure.running import undisturbed
 
 ROUNDS = 3  # searches for groups that fail, before giving up
+DOUBLED_UP_TO = 200_000_000  # parameters; above, copies in double precision would take gigabytes
 NARROW, FURTHER_DRAWS = 8, 3  # channels of a group up to which more masks are tried, and how many pairs of them
 
 
@@ -58,7 +57,7 @@ def verify_plan(
     kwargs: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
 ) -> Verification:
     """Extract at random, non-uniform ratios and compare with the zeroed dense network.
 
@@ -68,9 +67,10 @@ def verify_plan(
     tickets run backward, in the modes that the network is in (a branch that only training takes must fit as well).
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
-    float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Where fewer pixels
-    make the network compute the same operations, it is given fewer. Groups that fail are searched for by halves, and
-    frozen.
+    float64 on the CPU: what a wrong plan changes may be small, accelerators round products, and all ranks must come to
+    the same verdict. Networks that insist on single precision, or are too large to double, are compared less strictly.
+    Where fewer pixels make the network compute the same operations, it is given fewer. Groups that fail are searched
+    for by halves, and frozen.
 
     Args:
         model: The dense denoiser.
@@ -79,8 +79,8 @@ def verify_plan(
             and no tensor of a network grows with the batch.
         kwargs: Keyword arguments of that call.
         seed: Seed of the random weights and ratios.
-        tolerance: Largest relative difference that counts as equal. On U-Nets of 20 to 230 convolutions rounding made
-            3e-6 at most, a single dimension in the wrong order at least 5e-3.
+        tolerance: Largest relative difference that counts as equal (1e-4 at least in single precision, and 1e-2 on an
+            accelerator). Rounding makes TODO.
 
     Returns:
         The verified plan, the error, and the groups that failed.
@@ -129,22 +129,21 @@ class _Trial:
         tolerance: float,
         generator: torch.Generator,
     ) -> None:
-        self.tolerance, self.generator = tolerance, generator
+        self.generator = generator
         self.masks: list[TicketMask] = []
         self.further: list[TicketMask] = []
-        own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self._prepare(model, torch.device("cpu"), args, kwargs)
-        try:
-            log = self._log()
-        except Exception:  # a network may insist on its device
-            if own.type == "cpu":
-                raise
-            self._prepare(model, own, args, kwargs)
-            log = self._log()
-            self.tolerance = max(tolerance, 1e-2)  # convolutions there may round to ten bits (TF32)
-        self.keeps_modes = self._crop(log) or self._runs_in_its_modes()
-        self.doubled = self._in_double_precision() if self.device.type == "cpu" else None
-        self.scale = _largest(self.doubled[2] if self.doubled else self._outputs(self.reference))
+        self.args: tuple[Any, ...]
+        self.kwargs: dict[str, Any]
+        self._prepare(model, smallest_call(model, args, kwargs), tolerance)
+        self.keeps_modes = self._runs_in_its_modes()
+        if not self.keeps_modes:  # training may need the pixels
+            cropped = self.args, self.kwargs
+            self.args, self.kwargs = tree_map(self._moved, (tuple(args), dict(kwargs)))
+            self.keeps_modes = self._runs_in_its_modes()
+            if not self.keeps_modes:
+                self.args, self.kwargs = cropped
+            self.whole = self._outputs(self.reference)
+        self.scale = _largest(self.whole)
 
     def draw(self, plan: ChannelPlan) -> None:
         """Draw the masks that the next calls of :meth:`run` try."""
@@ -165,7 +164,7 @@ class _Trial:
             part = limited(mask, groups)
             if part.num_kept == part.num_channels and index >= len(self.masks):
                 continue
-            error, problem = self._compare(plan, part, further=index >= len(self.masks))
+            error, problem = self._compare(plan, part, backward=index < len(self.masks))
             worst = max(worst, error)
         return worst, problem
 
@@ -179,67 +178,43 @@ class _Trial:
         middle = len(groups) // 2
         return self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
 
-    def _prepare(self, model: nn.Module, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.device = device
-        self.reference = randomised(model, device, self.generator)
+    def _prepare(self, model: nn.Module, call: Call, tolerance: float) -> None:
+        """Take the most precise copy of the network that runs."""
+        cpu = torch.device("cpu")
+        own = next((parameter.device for parameter in model.parameters()), cpu)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        # Single precision on an accelerator may mean ten bits (TF32).
+        ways = [(cpu, torch.float64, 0.0), (cpu, torch.float32, 1e-4), (own, torch.float32, 1e-2)]
+        ways = ways[0 if size <= DOUBLED_UP_TO else 1 : 2 if own.type == "cpu" else 3]
+        for device, precision, least in ways:
+            self.device, self.precision, self.tolerance = device, precision, max(tolerance, least)
+            self.reference = randomised(model, self._moved, self.generator)
+            self.args, self.kwargs = tree_map(self._moved, call)
+            try:
+                self.whole = self._outputs(self.reference)
+                return
+            except Exception:  # a network may insist on a precision or on its device
+                if (device, precision, least) == ways[-1]:
+                    raise
 
-        def moved(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(device, torch.float32 if leaf.dtype in HALF_PRECISION else leaf.dtype, copy=True)
-
-        self.args, self.kwargs = tree_map(moved, (tuple(args), dict(kwargs)))
-
-    def _crop(self, full: OperationLog) -> bool:
-        """Take fewer pixels where the network computes the same operations on them, and trains on them.
-
-        Returns:
-            Whether it does.
-        """
-        whole = self.args, self.kwargs
-        for factor in FACTORS:
-            smaller = crop(*whole, factor)
-            if smaller is not None:
-                self.args, self.kwargs = smaller
-                with contextlib.suppress(Exception):  # not a network for any size
-                    if self._log().stands_for(full) and self._runs_in_its_modes():
-                        return True
-                self.args, self.kwargs = whole
-        return False
-
-    def _log(self) -> OperationLog:
-        log = OperationLog(self.reference)
-        with undisturbed(self.reference), log:
-            self._call(self.reference)
-        return log
+    def _moved(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(self.device, at_least(leaf.dtype, self.precision), copy=True)
 
     def _compare_permuted(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
-        """In double precision: channels are summed in another order, and rounding grows with depth."""
-        if self.doubled is None:
-            return 0.0, None
-        network, given, expected = self.doubled
-        changed = copy.deepcopy(network)
+        if self.precision != torch.float64:
+            return 0.0, None  # channels are summed in another order, and rounding grows with depth
+        changed = copy.deepcopy(self.reference)
         permute_(changed, plan, groups, self.generator)
-        return self._difference(expected, self._outputs(changed, given), "once its channels change places, ")
+        return self._difference(self.whole, self._outputs(changed), "once its channels change places, ")
 
-    def _in_double_precision(self) -> tuple[nn.Module, Call, list[Tensor]] | None:
-        """The network, its call and the outputs; None for networks that insist on single precision."""
-        network = converted(self.reference, doubled)
-        given = tree_map(lambda leaf: doubled(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+    def _compare(self, plan: ChannelPlan, mask: TicketMask, *, backward: bool) -> tuple[float, str | None]:
+        expected = self._outputs(zeroed(self.reference, plan, mask))
         try:
-            return network, given, self._outputs(network, given)
-        except Exception:
-            return None
-
-    def _compare(self, plan: ChannelPlan, mask: TicketMask, *, further: bool) -> tuple[float, str | None]:
-        network, given = self.reference, (self.args, self.kwargs)
-        if further and self.doubled is not None:
-            network, given, _ = self.doubled  # where most of the network stays whole, rounding is larger
-        expected = self._outputs(zeroed(network, plan, mask), given)
-        try:
-            ticket = extract(network, plan, mask)
-            actual = self._outputs(ticket, given)
-            if not further:
+            ticket = extract(self.reference, plan, mask)
+            actual = self._outputs(ticket)
+            if backward:
                 self._backward(ticket)
         except Exception as problem:  # whatever user code raises on a narrower network is the finding
             return float("inf"), f"{type(problem).__name__}: {problem}"
@@ -255,14 +230,13 @@ class _Trial:
         error = max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True)) / scale
         return error, None if error <= self.tolerance else f"{when}the output differs by {error:.1e} (relative)"
 
-    def _call(self, network: nn.Module, given: Call | None = None) -> list[Tensor]:
-        args, kwargs = given or (self.args, self.kwargs)
+    def _call(self, network: nn.Module) -> list[Tensor]:
         with torch.autocast(self.device.type, enabled=False):
-            return _tensors(network(*args, **kwargs))
+            return _tensors(network(*self.args, **self.kwargs))
 
-    def _outputs(self, network: nn.Module, given: Call | None = None) -> list[Tensor]:
+    def _outputs(self, network: nn.Module) -> list[Tensor]:
         with undisturbed(network), ChannelLocalNorms():
-            return self._call(network, given)
+            return self._call(network)
 
     def _runs_in_its_modes(self) -> bool:
         """False where training needs more than a sample or two (batch normalisation)."""
