@@ -204,12 +204,12 @@ def claims(build: Callable[[], UNet2DModel], size: int, rounds: int) -> list[Cla
         Claim("trace", median["trace"], "s", TRACE_LIMIT_S),
         Claim("tensors alive at the peak of a forward pass", held / 2**20, "MiB"),
         Claim("tensors alive at the peak of a trace", traced / 2**20, "MiB"),
-        Claim("ratio of the two", traced / held, "", MEMORY_LIMIT),
+        Claim("a trace as a multiple of the forward pass", traced / held, "", MEMORY_LIMIT),
         Claim("verify", median["verify"], "s"),
         Claim("verify on all pixels", median["verify whole"], "s"),
         Claim("score, and draw three masks", median["check"], "s"),
         Claim(f"epoch of {STEPS_A_EPOCH} steps at batch {BATCH}, scaled from {TIMED_BATCH} samples", epoch, "s"),
-        Claim("ratio of the two", 100 * median["check"] / epoch, "%", CHECK_LIMIT_PERCENT),
+        Claim("a check as a share of the epoch", 100 * median["check"] / epoch, "%", CHECK_LIMIT_PERCENT),
         Claim("extract one ticket", median["extract"], "s", EXTRACT_LIMIT_S),
     ]
 
