@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from lightning_earlybird.structure import (
     StructureError,
     TicketSlicer,
     attribute_edits,
+    by_reason,
     count_macs,
     count_parameters,
     extract,
@@ -71,10 +71,12 @@ class FoundDenoiser:
                 macs = count_macs(network, args, kwargs)
         except StructureError as error:
             raise MisconfigurationException(f"denoiser={call.name!r}: {error}") from error
-        if verified.failed:
+        failed = [entry for entry in verified.plan.frozen if entry.name in verified.failed]
+        if failed:
+            groups = "group stays" if len(failed) == 1 else "groups stay"
             rank_zero_warn(
-                f"denoiser={call.name!r}: the channels of {len(verified.failed)} groups stay whole, as pruning them "
-                f"failed verification: {_by_reason(verified.failed)}."
+                f"denoiser={call.name!r}: {len(failed)} channel {groups} whole, as pruning failed "
+                f"verification: {'; '.join(text for _, text in by_reason(failed))}."
             )
         plan = verified.plan
         if plan.data_reads:
@@ -88,18 +90,6 @@ class FoundDenoiser:
             f"{count_parameters(network):,} parameters, {macs:,} MACs a sample).\n{plan.summary()}{unknown}"
         )
         return cls(call, plan, macs)
-
-
-def _by_reason(failed: Mapping[str, str], examples: int = 3) -> str:
-    """What went wrong -> the groups with which it did; numbers in the reasons do not tell them apart."""
-    reasons: dict[str, list[str]] = {}
-    for name, problem in failed.items():
-        reasons.setdefault(re.sub(r"[\d.]+(e[+-]\d+)?", "", problem), []).append(name)
-    parts = []
-    for names in reasons.values():
-        more = f" and {len(names) - examples} more" if len(names) > examples else ""
-        parts.append(f"{', '.join(map(repr, names[:examples]))}{more} ({failed[names[0]]})")
-    return "; ".join(parts)
 
 
 def convert(

@@ -6,7 +6,7 @@ This is the one place that edits modules.
 from lightning_earlybird.structure.adapters import attribute_edits
 from lightning_earlybird.structure.cost import count_macs, count_parameters
 from lightning_earlybird.structure.extract import TicketSlicer, extract
-from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
+from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError, by_reason
 from lightning_earlybird.structure.resize import resize_
 from lightning_earlybird.structure.trace import trace_plan
 from lightning_earlybird.structure.verify import Verification, verify_plan
@@ -19,6 +19,7 @@ __all__ = [
     "TicketSlicer",
     "Verification",
     "attribute_edits",
+    "by_reason",
     "count_macs",
     "count_parameters",
     "extract",

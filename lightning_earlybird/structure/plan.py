@@ -1,7 +1,8 @@
 """The channel plan: for every parameter and buffer, which channel each slice belongs to."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,25 @@ class FrozenChannels:
     name: str
     size: int
     reason: str
+
+
+def by_reason(frozen: Iterable[FrozenChannels], examples: int = 3) -> list[tuple[int, str]]:
+    """What cannot be pruned, gathered: most channels first.
+
+    Numbers do not tell reasons apart, so that thirty blocks that fail alike are one entry.
+
+    Returns:
+        Number of channels; the reason, with some names.
+    """
+    reasons: dict[str, list[FrozenChannels]] = {}
+    for entry in frozen:
+        reasons.setdefault(re.sub(r"\d[\d.]*(e[+-]\d+)?", "", entry.reason), []).append(entry)
+    result = []
+    for entries in reasons.values():
+        names = ", ".join(entry.name for entry in entries[:examples])
+        more = f" and {len(entries) - examples} more" if len(entries) > examples else ""
+        result.append((sum(entry.size for entry in entries), f"{entries[0].reason} ({names}{more})"))
+    return sorted(result, key=lambda item: -item[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +115,9 @@ class ChannelPlan:
 
     def summary(self, examples: int = 3) -> str:
         """What can be pruned and what stays, by reason; a line each."""
-        lines = [f"{self.num_channels:,} channels in {len(self.groups)} groups can be pruned"]
-        reasons: dict[str, list[FrozenChannels]] = {}
-        for entry in self.frozen:
-            reasons.setdefault(entry.reason, []).append(entry)
-        for reason, entries in sorted(reasons.items(), key=lambda item: -sum(entry.size for entry in item[1])):
-            names = ", ".join(entry.name for entry in entries[:examples])
-            more = f" and {len(entries) - examples} more" if len(entries) > examples else ""
-            lines.append(f"{sum(entry.size for entry in entries):,} stay: {reason} ({names}{more})")
-        return "\n".join(lines)
+        many = "group" if len(self.groups) == 1 else "groups"
+        lines = [f"{self.num_channels:,} channels in {len(self.groups)} {many} can be pruned"]
+        return "\n".join([*lines, *(f"{size:,} stay: {text}" for size, text in by_reason(self.frozen, examples))])
 
     def group_of_channel(self) -> Tensor:
         """Shape (num_channels,): the index of each channel's group."""

@@ -235,7 +235,7 @@ def test_the_summary_gathers_what_stays_by_reason() -> None:
     network.forward = forward
 
     assert trace_plan(network, (torch.ones(2, 4),)).summary() == (
-        "4 channels in 1 groups can be pruned\n"
+        "4 channels in 1 group can be pruned\n"
         "20 stay: _softmax over channels (layer1, layer2, layer3 and 2 more)\n"
         "3 stay: the network's output (last)"
     )
