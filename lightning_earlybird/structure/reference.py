@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan
 
+ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def zeroed(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
     """A copy of the dense network in which every slice that the mask removes is zero."""
@@ -151,11 +153,14 @@ class ChannelLocalNorms(TorchDispatchMode):
     """Replaces statistics over several channels by a bounded function of each channel alone.
 
     Zeroed channels take part in a dense normalisation and missing ones do not: without this, two correct networks would
-    differ.
+    differ. For the same reason nothing is rounded on the way: what is in double precision stays there (a network may
+    compute its attention in float32 whatever the rest is in).
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2]
+        if name == "_to_copy" and args[0].dtype == torch.float64 and (kwargs or {}).get("dtype") in ROUNDED:
+            kwargs = {**kwargs, "dtype": torch.float64}
         if name == "native_group_norm":
             return self._bounded(args[0], args[1], args[2], dim=1)
         if name == "native_layer_norm":

@@ -383,3 +383,47 @@ def test_only_verification_marks_a_plan_as_verified() -> None:
 
     assert not plan.verified
     assert verify_plan(network, plan, (IMAGE,)).plan.verified
+
+
+def test_what_a_network_computes_in_single_precision_is_not_held_against_it() -> None:
+    # Attention in float32 whatever the rest is in: other orders of summation differ by 1e-7.
+    network = TwoLayers(lambda net, h: nn.functional.conv2d(h.float(), net.extra.float()).to(h.dtype))
+    network.extra = nn.Parameter(torch.randn(8, 8, 1, 1))
+    plan = trace_plan(network, (IMAGE,))
+
+    verified = verify_plan(network, plan, (IMAGE,), tolerance=1e-10)
+
+    assert verified.failed == {} and verified.max_error < 1e-12
+    wrong = with_ids(plan, {("extra", 1): plan.ids["extra"][1].roll(1)})
+    assert set(verify_plan(network, wrong, (IMAGE,), tolerance=1e-10).failed) == {"a"}
+
+
+def test_a_difference_that_is_not_a_number_does_not_pass() -> None:
+    class Two(TwoLayers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.a(x)
+            return self.c(self.b(h)), torch.full((1,), float("nan") if self.a.out_channels < 8 else 1.0)
+
+    verified = verify_plan(Two(), trace_plan(Two(), (IMAGE,)), (IMAGE,))
+
+    assert set(verified.failed) == {"a"}
+
+
+def test_an_output_that_is_not_finite_proves_nothing() -> None:
+    network = TwoLayers(lambda net, h: h.exp().exp().exp())
+
+    with pytest.raises(StructureError, match="the output is not finite with random weights"):
+        verify_plan(network, trace_plan(network, (100 * IMAGE,)), (100 * IMAGE,))
+
+
+def test_networks_too_large_to_double_are_verified_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_earlybird.structure.verify.DOUBLED_UP_TO", 0)
+    given = denoiser("hand-written")
+    plan = trace_plan(given.network, given.args)
+    place = ("up1.conv2.weight", 1)
+    wrong = with_ids(plan, {place: plan.ids[place[0]][place[1]].roll(1)})
+
+    right = verify_plan(given.network, plan, given.args)
+
+    assert right.failed == {} and 1e-9 < right.max_error < 1e-4
+    assert set(verify_plan(given.network, wrong, given.args).failed) == {"up1.conv1"}
