@@ -143,7 +143,7 @@ class _Trial:
             self.keeps_modes = self._runs_in_its_modes()
             if not self.keeps_modes:
                 self.args, self.kwargs = cropped
-            self.whole = self._outputs(self.reference)
+        self.whole = self._outputs(self.reference)  # only now: running statistics have moved
         self.scale = _largest(self.whole)
 
     def draw(self, plan: ChannelPlan) -> None:
@@ -194,7 +194,7 @@ class _Trial:
             try:
                 with undisturbed(self.reference):
                     self._call(self.reference)
-                self.whole = self._outputs(self.reference)
+                self._outputs(self.reference)
                 return
             except Exception:  # a network may insist on a precision or on its device
                 if (device, precision, least) == ways[-1]:

@@ -427,3 +427,11 @@ def test_networks_too_large_to_double_are_verified_in_single_precision(monkeypat
 
     assert right.failed == {} and 1e-9 < right.max_error < 1e-4
     assert set(verify_plan(given.network, wrong, given.args).failed) == {"up1.conv1"}
+
+
+def test_running_statistics_that_training_moves_are_no_difference() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)).train()
+    before = network[1].running_mean.clone()
+
+    assert verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed == {}
+    assert torch.equal(network[1].running_mean, before)
