@@ -137,7 +137,7 @@ def check(network: RandomNetwork, plan: ChannelPlan, seed: int) -> None:
         assert difference(network, plan, mask, seed + index) <= TOLERANCE, network.names
 
 
-search = settings(max_examples=EXAMPLES or 40, suppress_health_check=list(HealthCheck))
+search = settings(max_examples=EXAMPLES or 30, suppress_health_check=list(HealthCheck))
 
 
 @search
