@@ -71,11 +71,15 @@ def refuse_branches(
     parts = tuple(f"{module}." for module in reads.values() if module)
     missed = {name for name in unused if parts and name.startswith(parts)}
     for change in _CHANGES:
-        changed = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (tuple(args), dict(kwargs)))  # noqa: B023
         log = OperationLog(model)
         # Some values mean nothing to the network, and some it cannot be given.
-        with contextlib.suppress(Exception), undisturbed(model), log:
-            model(*changed[0], **changed[1])
+        with contextlib.suppress(Exception), undisturbed(model):
+            changed = tree_map(
+                lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf,  # noqa: B023
+                (tuple(args), dict(kwargs)),
+            )
+            with log:
+                model(*changed[0], **changed[1])
         missed |= unused & log.read()
     if missed:
         layers = sorted({name.rpartition(".")[0] or name for name in missed})

@@ -177,7 +177,11 @@ class _Trial:
         if len(groups) == 1:
             return {groups[0].name: problem}
         middle = len(groups) // 2
-        return self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
+        found = self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
+        if not found and len(groups) < len(plan.groups):
+            # What each does alone is below the tolerance, or they depend on each other.
+            return {group.name: f"with the others of {len(groups)} groups, {problem}" for group in groups}
+        return found
 
     def _prepare(self, model: nn.Module, call: Call, tolerance: float) -> None:
         """Take the most precise copy of the network that runs."""

@@ -194,7 +194,9 @@ def test_a_check_of_the_inputs_refuses_nothing_though_some_layers_are_not_used()
         return net.b(h)
 
     network = Between(checked)
+    random_state = torch.get_rng_state()
     plan = trace_plan(network, (IMAGE, TIME))
+    assert torch.equal(torch.get_rng_state(), random_state)
 
     assert len(plan.data_reads) == 1
     assert sizes(verify_plan(network, plan, (IMAGE, TIME)).plan) == {"a": 8, "b": 8}

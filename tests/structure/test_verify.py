@@ -179,6 +179,21 @@ def test_groups_that_fail_only_together_are_an_error() -> None:
         verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,))
 
 
+def test_two_of_four_groups_that_fail_only_together_are_frozen_together() -> None:
+    class Pair(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self[0].out_channels < 8 and self[1].out_channels < 8:
+                raise ValueError("not both")
+            return super().forward(x)
+
+    network = Pair(nn.Conv2d(3, 8, 1), *(nn.Conv2d(8, 8, 1) for _ in range(3)), nn.Conv2d(8, 3, 1))
+
+    verified = verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,))
+
+    assert names(verified.plan) == {"2", "3"}
+    assert verified.failed["0"] == verified.failed["1"] == "with the others of 2 groups, ValueError: not both"
+
+
 @pytest.mark.parametrize("width", range(2, 7))
 def test_a_failure_that_the_search_does_not_meet_again_is_not_forgotten(width: int) -> None:
     raised = []
