@@ -64,8 +64,9 @@ def verify_plan(
 
     Three things must hold. Channels that change places, everywhere alike, change nothing. Tickets of two complementary
     masks, so that every channel is once removed and once kept, compute what the dense network computes with the same
-    channels zeroed; groups of few channels, where a wrong plan might pass by luck, are tried with more masks. And those
-    tickets run backward, in the modes that the network is in (a branch that only training takes must fit as well).
+    channels zeroed; groups of few channels, where a wrong plan might pass by luck, are tried with more masks. And the
+    first of those tickets runs backward, in the modes that the network is in (a branch that only training takes must
+    fit as well).
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float64 on the CPU: what a wrong plan changes may be small, accelerators round products, and all ranks must come to
@@ -165,7 +166,7 @@ class _Trial:
             part = limited(mask, groups)
             if part.num_kept == part.num_channels and index >= len(self.masks):
                 continue
-            error, problem = self._compare(plan, part, backward=index < len(self.masks))
+            error, problem = self._compare(plan, part, backward=index == 0)
             worst = max(worst, error)
         return worst, problem
 
