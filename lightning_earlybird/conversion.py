@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_earlybird.budget import Target
@@ -24,6 +24,7 @@ from lightning_earlybird.structure import (
     StructureError,
     TicketSlicer,
     attribute_edits,
+    by_reason,
     count_macs,
     count_parameters,
     extract,
@@ -44,11 +45,18 @@ class FoundDenoiser:
         call: One call of it.
         plan: Which channels it has.
         macs: Multiply-accumulate operations for one sample.
+
+    Raises:
+        ValueError: The plan has not been verified.
     """
 
     call: DenoiserCall
     plan: ChannelPlan
     macs: int
+
+    def __post_init__(self) -> None:
+        if not self.plan.verified:
+            raise ValueError("plan has not been verified; use what verify_plan returns, or FoundDenoiser.trace.")
 
     @classmethod
     def trace(cls, module: nn.Module, call: DenoiserCall) -> FoundDenoiser:
@@ -65,21 +73,23 @@ class FoundDenoiser:
                 macs = count_macs(network, args, kwargs)
         except StructureError as error:
             raise MisconfigurationException(f"denoiser={call.name!r}: {error}") from error
-        for name, problem in verified.failed.items():
+        failed = [entry for entry in verified.plan.frozen if entry.name in verified.failed]
+        if failed:
+            groups = "group stays" if len(failed) == 1 else "groups stay"
             rank_zero_warn(
-                f"denoiser={call.name!r}: the channels of {name!r} stay whole, as pruning them failed verification "
-                f"({problem})."
+                f"denoiser={call.name!r}: {len(failed)} channel {groups} whole, as pruning failed "
+                f"verification: {'; '.join(text for _, text in by_reason(failed))}."
             )
         plan = verified.plan
-        for entry in plan.frozen:
-            rank_zero_debug(
-                f"denoiser={call.name!r}: {entry.size} channels of {entry.name!r} are never pruned: {entry.reason}."
+        if plan.data_reads:
+            rank_zero_warn(
+                f"denoiser={call.name!r}: Python code reads values of tensors ({'; '.join(plan.data_reads[:3])}). If "
+                "it decides by them what to compute, only the branch that the first batch took has been verified."
             )
-        unknown = f"; no rule for {', '.join(plan.unknown_operations)}" if plan.unknown_operations else ""
+        unknown = f"\nno rule for {', '.join(plan.unknown_operations)}" if plan.unknown_operations else ""
         rank_zero_info(
             f"Early-bird tickets: the denoiser is {call.name!r} ({type(network).__name__}, "
-            f"{count_parameters(network):,} parameters, {macs:,} MACs a sample). {plan.num_channels:,} channels in "
-            f"{len(plan.groups)} groups can be pruned, {sum(entry.size for entry in plan.frozen):,} stay{unknown}."
+            f"{count_parameters(network):,} parameters, {macs:,} MACs a sample).\n{plan.summary()}{unknown}"
         )
         return cls(call, plan, macs)
 

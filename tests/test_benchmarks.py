@@ -1,26 +1,96 @@
-import importlib.util
+import importlib
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from models import tiny_unet
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """``benchmarks/structure.py``, imported as when it is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name in ("structure", "memory"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("structure")
+    for name in ("structure", "memory"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.slow
-def test_a_check_costs_at_most_15_percent_of_pruning_once_with_torch_pruning() -> None:
-    spec = importlib.util.spec_from_file_location("benchmark_of_structure", ROOT / "benchmarks" / "structure.py")
-    assert spec is not None and spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by its name.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, benchmark)
-        spec.loader.exec_module(benchmark)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            timings = benchmark.measure(rounds=3)
+def test_a_check_costs_at_most_15_percent_of_pruning_once_with_torch_pruning(benchmark: ModuleType) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        timings = benchmark.measure(rounds=3)
 
     assert timings.ratio <= benchmark.LIMIT == 0.15
     assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in timings.rounds.values())
     assert f"{timings.median(benchmark.PRUNE):.3f}s" in timings.table()
+
+
+@pytest.mark.slow
+def test_the_claims_about_time_hold_with_room_on_a_busy_machine(benchmark: ModuleType) -> None:
+    claims = {claim.name: claim for claim in benchmark.claims(benchmark.cifar10_unet, 32, rounds=1)}
+
+    assert claims["trace"].limit == 3
+    assert claims["a check as a share of the epoch"].limit == 2
+    assert claims["extract one ticket"].limit == 0.5
+    assert all(claim.holds for claim in claims.values())
+    assert claims["verify"].value < claims["verify on all pixels"].value
+
+
+def test_a_trace_holds_at_most_half_as_much_again_as_a_forward_pass(benchmark: ModuleType) -> None:
+    torch.manual_seed(0)
+    network = benchmark.cifar10_unet().eval()
+    inputs = (torch.randn(1, 3, 32, 32), torch.tensor([500]))
+
+    def forward() -> None:
+        with torch.no_grad():
+            network(*inputs)
+
+    held = benchmark.live_bytes(forward)
+
+    assert held > 4 * 2**20
+    assert held < benchmark.live_bytes(lambda: benchmark.trace_plan(network, inputs)) <= benchmark.MEMORY_LIMIT * held
+
+
+def test_memory_is_counted_while_something_lives_and_shared_memory_once(benchmark: ModuleType) -> None:
+    weight = torch.ones(1000)
+    size = weight.nbytes
+
+    def chain() -> None:
+        h = weight * 2
+        for _ in range(5):
+            h = h * 2  # the old one lives until the new one is there
+
+    assert benchmark.live_bytes(lambda: weight.view(10, 100)) == 0
+    assert benchmark.live_bytes(lambda: (weight * 2).view(10, 100).flatten()) == size
+    assert benchmark.live_bytes(chain) == 2 * size
+    assert benchmark.live_bytes(lambda: [weight * i for i in range(3)]) == 3 * size
+
+
+def test_verifying_on_all_pixels_is_what_it_says(benchmark: ModuleType) -> None:
+    network, inputs = tiny_unet(sample_size=32), (torch.randn(1, 3, 32, 32), torch.tensor([5]))
+    sizes: list[int] = []
+
+    def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(args[0].shape[-1])
+
+    plan = benchmark.trace_plan(network, inputs)
+    network.register_forward_pre_hook(watch)
+    benchmark.verify_on_all_pixels(network, plan, inputs)
+
+    assert set(sizes) == {32}
+
+
+def test_a_row_of_the_table_says_value_limit_and_verdict(benchmark: ModuleType) -> None:
+    assert benchmark.Claim("trace", 2.5, "s", 3).row(10).split() == ["trace", "2.5s", "3s", "ok"]
+    assert benchmark.Claim("trace", 3.5, "s", 3).row(10).split() == ["trace", "3.5s", "3s", "MISSED"]
+    assert benchmark.Claim("forward", 0.5, "s").row(10).split() == ["forward", "0.5s"]

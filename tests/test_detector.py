@@ -561,8 +561,90 @@ def test_a_denoiser_without_prunable_channels_is_refused() -> None:
         def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
             return self.layer(x) * timesteps[:, None]
 
-    with pytest.raises(MisconfigurationException, match=r"denoiser='model': .*Flat has no channel that can be pruned"):
-        fit(Lit(Flat), EarlyBirdDetector([0.5]), max_epochs=1)
+    module = Lit(Flat)
+    before = deepcopy(module.state_dict())
+    detector = EarlyBirdDetector([0.5])
+
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"denoiser='model': .*Flat has no channel that can be pruned\. Reasons: the network's output",
+    ):
+        fit(module, detector, max_epochs=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert module.trainer.global_step == 0
+    assert detector.found is None and detector.masks == {}
+
+
+def test_a_denoiser_of_which_nothing_passes_verification_is_refused_before_it_learns() -> None:
+    class Written(ConvNet):
+        """The width of both layers is written into the code."""
+
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            h = self.conv_in(x).view(len(x), 16, 4, 4) * timesteps.view(-1, 1, 1, 1)
+            return self.conv_out(self.hidden(h).view(len(x), 16, 4, 4))
+
+    module = Lit(Written)
+    before = deepcopy(module.state_dict())
+
+    with pytest.raises(
+        MisconfigurationException, match=r"denoiser='model': .*every channel group fails verification\. First: .*shape"
+    ):
+        fit(module, detector_for(), max_epochs=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_denoiser_that_chooses_layers_by_the_timesteps_is_refused_with_the_place() -> None:
+    class Experts(ConvNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            expert = self.early if timesteps.float().mean() < 500 else self.late
+            return self.conv_out(expert(self.hidden(self.conv_in(x))))
+
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"denoiser='model': .*Experts decides by the values .* \(Experts, test_detector\.py:\d+\).*torch\.where",
+    ):
+        fit(Lit(Experts), detector_for(), max_epochs=1)
+
+
+def test_a_denoiser_that_reads_values_and_uses_all_its_layers_is_pruned_with_a_warning() -> None:
+    class Checked(ConvNet):
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            if bool((timesteps < 0).any()):
+                raise ValueError("timesteps must not be negative")
+            return super().forward(x, timesteps)
+
+    detector = detector_for()
+    message = r"denoiser='model': Python code reads values of tensors \(Checked, test_detector\.py:\d+\)"
+    with pytest.warns(UserWarning, match=message):
+        fit(Lit(Checked), detector, max_epochs=1)
+    assert [group.name for group in detector.found.plan.groups] == ["conv_in", "hidden"]
+
+
+def test_many_groups_that_fail_for_one_reason_make_one_warning(recwarn: pytest.WarningsRecorder) -> None:
+    class Blocks(ConvNet):
+        """The width of five of its layers is written into the code."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(5))
+
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            h = self.conv_in(x) * timesteps.view(-1, 1, 1, 1)
+            for block in self.blocks:
+                h = block(h).view(len(x), 16, 4, 4)
+            return self.conv_out(self.hidden(h))
+
+    fit(Lit(Blocks), detector_for(), max_epochs=1)
+
+    messages = [str(warning.message) for warning in recwarn if "stay whole" in str(warning.message)]
+    assert len(messages) == 1
+    assert "5 channel groups stay whole" in messages[0]
+    assert "RuntimeError: shape '[1, 16, 4, 4]' is invalid for input of size" in messages[0]
+    assert "(blocks.4, blocks.0, blocks.1 and 2 more)" in messages[0]
 
 
 def test_channels_whose_pruning_fails_verification_stay_whole_with_a_warning() -> None:
@@ -575,7 +657,7 @@ def test_channels_whose_pruning_fails_verification_stay_whole_with_a_warning() -
             return self.conv_out(nn.functional.silu(hidden)) / hidden.shape[1]
 
     detector = detector_for()
-    message = r"denoiser='model': the channels of 'hidden' stay whole, as pruning them failed verification \(the output"
+    message = r"denoiser='model': 1 channel group stays whole, .*: the output differs by .* \(hidden\)"
     with pytest.warns(UserWarning, match=message):
         fit(Lit(Averaging), detector, max_epochs=1)
     assert [group.name for group in detector.found.plan.groups] == ["conv_in"]

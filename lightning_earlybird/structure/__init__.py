@@ -7,7 +7,7 @@ from lightning_earlybird.structure.adapters import attribute_edits
 from lightning_earlybird.structure.cost import WidthCost, count_macs, count_parameters
 from lightning_earlybird.structure.extract import Norm, TicketSlicer, extract
 from lightning_earlybird.structure.norms import RaggedGroupNorm
-from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
+from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError, by_reason
 from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.resize import resize_
 from lightning_earlybird.structure.trace import trace_plan
@@ -25,6 +25,7 @@ __all__ = [
     "Verification",
     "WidthCost",
     "attribute_edits",
+    "by_reason",
     "count_macs",
     "count_parameters",
     "extract",

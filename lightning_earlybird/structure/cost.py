@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_earlybird.structure.plan import ChannelGroup
 from lightning_earlybird.structure.products import Product
-from lightning_earlybird.structure.trace import undisturbed
+from lightning_earlybird.structure.running import undisturbed
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -52,7 +52,7 @@ class TicketSlicer:
         dim, factors = self._factors[name]
         shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
         # Not in half precision, where the factor itself would be rounded.
-        scaled = tensor.detach() * factors.to(tensor.device, torch.promote_types(tensor.dtype, factors.dtype)).view(
+        scaled = tensor.detach() * factors.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32)).view(
             shape
         )
         return self.slice(name, scaled.to(tensor.dtype))

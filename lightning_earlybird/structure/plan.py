@@ -1,7 +1,8 @@
 """The channel plan: for every parameter and buffer, which channel each slice belongs to."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,6 +61,25 @@ class FrozenChannels:
     reason: str
 
 
+def by_reason(frozen: Iterable[FrozenChannels], examples: int = 3) -> list[tuple[int, str]]:
+    """What cannot be pruned, gathered: most channels first.
+
+    Numbers do not tell reasons apart, so that thirty blocks that fail alike are one entry.
+
+    Returns:
+        Number of channels; the reason, with some names.
+    """
+    reasons: dict[str, list[FrozenChannels]] = {}
+    for entry in frozen:
+        reasons.setdefault(re.sub(r"\d[\d.]*(e[+-]\d+)?", "", entry.reason), []).append(entry)
+    result = []
+    for entries in reasons.values():
+        names = ", ".join(entry.name for entry in entries[:examples])
+        more = f" and {len(entries) - examples} more" if len(entries) > examples else ""
+        result.append((sum(entry.size for entry in entries), f"{entries[0].reason} ({names}{more})"))
+    return sorted(result, key=lambda item: -item[0])
+
+
 @dataclass(frozen=True, eq=False)
 class QueryScale:
     """Rows of a projection that feed the query of an attention.
@@ -93,6 +113,9 @@ class ChannelPlan:
         query_scales: Where a narrower attention head needs its query rescaled to compute the same scores.
         shapes: Dense shape of every parameter, tied ones once.
         macs: Multiply-accumulates of the traced call, as a sum of products of widths.
+        data_reads: Where Python code reads values of tensors: of what is decided there, only the branch that was taken
+            has been seen.
+        verified: Whether ``verify_plan`` has returned this plan; nothing is trained that comes from another one.
     """
 
     ids: Mapping[str, Mapping[int, Tensor]]
@@ -103,11 +126,19 @@ class ChannelPlan:
     query_scales: tuple[QueryScale, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     macs: tuple[Product, ...] = ()
+    data_reads: tuple[str, ...] = ()
+    verified: bool = False
 
     @property
     def num_channels(self) -> int:
         """Channels that can be pruned."""
         return sum(group.size for group in self.groups)
+
+    def summary(self, examples: int = 3) -> str:
+        """What can be pruned and what stays, by reason; a line each."""
+        many = "group" if len(self.groups) == 1 else "groups"
+        lines = [f"{self.num_channels:,} channels in {len(self.groups)} {many} can be pruned"]
+        return "\n".join([*lines, *(f"{size:,} stay: {text}" for size, text in by_reason(self.frozen, examples))])
 
     def group_of_channel(self) -> Tensor:
         """Shape (num_channels,): the index of each channel's group."""
@@ -216,6 +247,6 @@ class ChannelPlan:
             old, new = scale.rows.shape[1], int(stays.sum(dim=1).max())
             if new in (0, old):
                 continue
-            _, factors = result.setdefault(scale.tensor, (scale.dim, torch.ones(len(ids))))
+            _, factors = result.setdefault(scale.tensor, (scale.dim, torch.ones(len(ids), dtype=torch.float64)))
             factors[scale.rows.flatten()] = math.sqrt(new / old)
         return result

@@ -1,7 +1,8 @@
 """What verification compares with, and under which conditions."""
 
 import copy
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from typing import Any
@@ -13,16 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
+ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def zeroed(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
     """A copy of the dense network in which every slice that the mask removes is zero."""
     result = copy.deepcopy(model)
-    tensors = {
-        **dict(result.named_parameters(remove_duplicate=False)),
-        **dict(result.named_buffers(remove_duplicate=False)),
-    }
+    tensors = _tensors_by_name(result)
     with torch.no_grad():
         for name, dims in plan.keep_indices(mask).items():
             for dim, keep in dims.items():
@@ -32,21 +30,30 @@ def zeroed(model: nn.Module, plan: ChannelPlan, mask: TicketMask) -> nn.Module:
     return result
 
 
-def randomised(model: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module:
-    """A copy in at least float32 with random weights, ready to be trained.
+def at_least(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
+    """The type to compute with in place of ``dtype``: not less precise, and of the same kind."""
+    return torch.promote_types(dtype, precision) if dtype.is_floating_point or dtype.is_complex else dtype
+
+
+def randomised(model: nn.Module, moved: Callable[[Tensor], Tensor], generator: torch.Generator) -> nn.Module:
+    """A copy with random weights, ready to be trained.
 
     The weights are a little larger than what keeps activations at their size, and biases smaller: what happens deep
     inside must not drown on its way to the output, nor grow so much that rounding does the same.
+
+    Args:
+        model: The network.
+        moved: Copies one tensor to the device and the type that are wanted. (``nn.Module.to`` would copy everything on
+            the model's device first, and some networks have ideas of their own about it.)
+        generator: Draws the weights.
     """
-    memo: dict[int, Any] = {}  # deepcopy finds the tensors here: nothing is copied twice, nor on the model's device
+    memo: dict[int, Any] = {}  # deepcopy finds the tensors here
     for tensor in [*model.parameters(), *model.buffers()]:
-        dtype = torch.float32 if tensor.dtype in HALF_PRECISION else tensor.dtype
-        moved = tensor.detach().to(device, dtype, copy=True)
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(moved, requires_grad=moved.is_floating_point() or moved.is_complex())
-        else:
-            memo[id(tensor)] = moved
+        new = moved(tensor.detach())
+        memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
     result: nn.Module = copy.deepcopy(model, memo)
+    for parameter in result.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     with torch.no_grad():
         for name, parameter in result.named_parameters():
             if parameter.requires_grad:
@@ -58,13 +65,52 @@ def randomised(model: nn.Module, device: torch.device, generator: torch.Generato
     return result
 
 
+def permute_(model: nn.Module, plan: ChannelPlan, groups: Iterable[ChannelGroup], generator: torch.Generator) -> None:
+    """Let the channels of ``groups`` change places, wherever the plan says that they live; in place.
+
+    The channels of each row of a group (each attention head) move on by one, in a random order. Only channels that live
+    equally often in every place change places with each other. Such a network computes the same, or the plan is wrong;
+    unlike a mask, this tells any two channels apart.
+    """
+    kinds = torch.zeros(plan.num_channels, dtype=torch.long)  # how often a channel lives in each place, as one number
+    for dims in plan.ids.values():
+        for ids in dims.values():
+            weight = int(torch.randint(1, 2**31, (1,), generator=generator))
+            kinds += weight * torch.bincount(ids[ids >= 0], minlength=plan.num_channels)
+    successor = torch.arange(plan.num_channels)
+    for group in groups:
+        for row in group.channels.view(group.rows, -1):
+            for kind in kinds[row].unique():
+                alike = row[kinds[row] == kind]
+                cycle_of = alike[torch.randperm(len(alike), generator=generator)]
+                successor[cycle_of] = cycle_of.roll(1)
+    tensors = _tensors_by_name(model)
+    with torch.no_grad():
+        for name, dims in plan.ids.items():
+            for dim, ids in dims.items():
+                wanted = torch.where(ids < 0, ids, successor[ids.clamp_min(0)])
+                if not torch.equal(wanted, ids):
+                    # Where a channel lives several times, its first place goes to the first of the other, and so on.
+                    source = torch.empty_like(ids)
+                    source[wanted.argsort(stable=True)] = ids.argsort(stable=True)
+                    tensor = tensors[name]
+                    tensor.copy_(tensor.index_select(dim, source.to(tensor.device)))
+
+
 def complementary_masks(
-    plan: ChannelPlan, groups: Iterable[ChannelGroup], generator: torch.Generator
+    plan: ChannelPlan, groups: Iterable[ChannelGroup], generator: torch.Generator, *, coprime: bool = True
 ) -> tuple[TicketMask, TicketMask]:
     """The first removes a random share of each of ``groups`` at random positions, the second what the first keeps.
 
     Shares differ between groups of the same width as far as they can: what works at equal ratios only must not pass.
     Each is at least about a quarter. All other groups stay whole, and so do rows of a single channel.
+
+    Args:
+        plan: The plan.
+        groups: The groups that lose channels.
+        generator: Draws shares and positions.
+        coprime: Keep numbers that share no divisor with the width: code that splits a width into equal parts which the
+            plan does not know of cannot work then.
     """
     chosen = {group.name for group in groups}
     shares: dict[int, Iterator[int]] = {}  # width -> numbers to keep
@@ -75,24 +121,46 @@ def complementary_masks(
         stays = goes = torch.ones(group.rows, width, dtype=torch.bool)
         if group.name in chosen and width > 1:
             if width not in shares:
-                least = max(1, width // 4)
-                shares[width] = cycle((torch.randperm(width + 1 - 2 * least, generator=generator) + least).tolist())
+                # One channel alone would be broadcast where it does not fit.
+                least = max(1 if coprime or width < 4 else 2, width // 4)
+                numbers = [
+                    number for number in range(least, width - least + 1) if not coprime or math.gcd(number, width) == 1
+                ]
+                shares[width] = cycle([numbers[i] for i in torch.randperm(len(numbers), generator=generator).tolist()])
             rank = torch.rand(group.rows, width, generator=generator).argsort(dim=1)
             stays = rank < next(shares[width])
+            if group.rows > 1 and bool((stays == stays[:1]).all()):
+                stays[1::2] = stays[1::2].roll(1, dims=1)  # rows that keep the same positions could be mixed up unseen
             goes = ~stays
         first[group.name], second[group.name] = stays.flatten(), goes.flatten()
     return TicketMask(first), TicketMask(second)
+
+
+def limited(mask: TicketMask, groups: Iterable[ChannelGroup]) -> TicketMask:
+    """The mask with every group whole but ``groups``."""
+    chosen = {group.name for group in groups}
+    return TicketMask({name: kept if name in chosen else torch.ones_like(kept) for name, kept in mask.kept.items()})
+
+
+def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 class ChannelLocalNorms(TorchDispatchMode):
     """Replaces statistics over several channels by a bounded function of each channel alone.
 
     Zeroed channels take part in a dense normalisation and missing ones do not: without this, two correct networks would
-    differ.
+    differ. For the same reason nothing is rounded on the way: what is in double precision stays there (a network may
+    compute its attention in float32 whatever the rest is in).
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2]
+        if name == "_to_copy" and args[0].dtype == torch.float64 and (kwargs or {}).get("dtype") in ROUNDED:
+            kwargs = {**kwargs, "dtype": torch.float64}
         if name == "native_group_norm":
             return self._bounded(args[0], args[1], args[2], dim=1)
         if name == "native_layer_norm":

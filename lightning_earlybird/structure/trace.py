@@ -1,33 +1,20 @@
 """Tracing: one forward pass of the denoiser becomes a channel plan."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from lightning_earlybird.structure.adapters import adapter_of
 from lightning_earlybird.structure.assemble import assemble
 from lightning_earlybird.structure.heads import find_heads
 from lightning_earlybird.structure.plan import ChannelPlan, StructureError
+from lightning_earlybird.structure.preconditions import check_traceable, refuse_branches, remedy
+from lightning_earlybird.structure.running import undisturbed
 from lightning_earlybird.structure.tracer import ChannelTracer, QueryWatch
-
-
-@contextmanager
-def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Iterator[None]:
-    """No gradients, and evaluation mode unless told otherwise; modes and random states are as before afterwards."""
-    training = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    if evaluate:
-        model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 @torch.inference_mode(False)
@@ -46,14 +33,12 @@ def trace_plan(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
         The plan; it has not been verified yet (see ``verify_plan``).
 
     Raises:
-        StructureError: The network has parameters on the meta device, or no channel of it can be pruned.
+        StructureError: The network is of a kind that cannot be traced, decides by the values of its inputs which layers
+            to use, or no channel of it can be pruned.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise StructureError(
-            "denoiser: parameters on the meta device cannot be traced. Materialise them first (for example in "
-            "configure_model)."
-        )
-    tracer = ChannelTracer(model)
+    check_traceable(model)
+    kwargs = kwargs or {}
+    tracer = ChannelTracer(model, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
     hooks = []
     for name, module in model.named_modules():
         adapter = adapter_of(module)
@@ -61,18 +46,21 @@ def trace_plan(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
             hooks.append(module.register_forward_pre_hook(_watch_input(tracer, name, adapter.input_dim)))
     try:
         with undisturbed(model), QueryWatch(tracer), tracer:
-            out = model(*args, **(kwargs or {}))
+            out = model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
     for leaf in tree_flatten(_plain(out))[0]:
         for axis in tracer.axes(leaf):
             tracer.couplings.freeze(axis, "the network's output")
-    plan = find_heads(model, assemble(tracer))
+    if tracer.reads and tracer.unused:
+        refuse_branches(model, args, kwargs, tracer.reads, set(tracer.unused.values()))
+    plan = replace(find_heads(model, assemble(tracer)), data_reads=tuple(tracer.reads))
     if not plan.groups:
         reasons = sorted({entry.reason for entry in plan.frozen}) or ["no layer produces channels"]
         raise StructureError(
             f"denoiser: {type(model).__name__} has no channel that can be pruned. Reasons: {'; '.join(reasons[:5])}."
+            f"{remedy(model)}"
         )
     return plan
 

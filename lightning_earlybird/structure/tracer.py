@@ -1,9 +1,13 @@
 """The tracer: labels every tensor that a network computes, operation by operation."""
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_earlybird.structure.labels import Couplings, varying
 from lightning_earlybird.structure.products import Product, products_of
-from lightning_earlybird.structure.rules import CONTRACTIONS, Operation, find_rule, freeze_all
+from lightning_earlybird.structure.rules import CONTRACTIONS, RULES, Operation, find_rule, freeze_all
 
 
 @dataclass
@@ -20,7 +24,14 @@ class _Labelled:
 
     axes: list[Tensor] = field(default_factory=list)
     parametric: bool = False  # a function of parameters only
+    data: bool = False  # a function of inputs, parameters or chance
     scores: Tensor | None = None  # attention scores: the labels of the width that was contracted
+
+
+# Their results have as many elements as the values of their operands say.
+DATA_DEPENDENT_SHAPES = frozenset(["nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"])
+NOT_THE_NETWORKS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))  # code of
+READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # of these, no operation is seen
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -28,9 +39,10 @@ class ChannelTracer(TorchDispatchMode):
 
     Args:
         model: The network; its parameters and floating-point buffers get labels along every dimension wider than 1.
+        inputs: The tensors of the call.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.couplings = Couplings()
         self.dimensions: dict[tuple[str, int], Tensor] = {}  # (tensor name, dim) -> labels, in the model's order
@@ -40,7 +52,12 @@ class ChannelTracer(TorchDispatchMode):
         self.queries: list[Tensor] = []  # labels of attention queries, (heads, width)
         self.unknown: dict[str, int] = {}
         self.products: list[Product] = []  # the multiply-accumulates, by labels
+        self.reads: dict[str, str] = {}  # where Python has read a value -> the module that did
+        self.unused = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._modules = {id(module): name for name, module in model.named_modules()}
         self._known: Any = WeakTensorKeyDictionary()
+        for tensor in inputs:
+            self._known[tensor] = _Labelled(data=True)
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         for name, tensor in [*model.named_parameters(), *buffers]:
             axes = []
@@ -49,7 +66,7 @@ class ChannelTracer(TorchDispatchMode):
                     labels = self.couplings.fresh(size)
                     self.dimensions[name, dim] = labels
                     axes.append(labels.view([-1 if d == dim else 1 for d in range(tensor.dim())]))
-            self._known[tensor] = _Labelled(axes, parametric=True)
+            self._known[tensor] = _Labelled(axes, parametric=True, data=True)
 
     # --- what rules read and write
 
@@ -131,6 +148,31 @@ class ChannelTracer(TorchDispatchMode):
                 self.couplings.tie(self.inputs[name], labels, "one module serves several widths")
             self.inputs.setdefault(name, labels)
 
+    def record_read(self, tensors: Iterable[Tensor]) -> None:
+        """Python learns values of these tensors, and may decide by them what to compute."""
+        touched = [self._known[tensor] for tensor in tensors if tensor in self._known]
+        if any(known.data for known in touched):
+            module, place = self._place()
+            self.reads[place] = module
+            for known in touched:
+                for axis in known.axes:
+                    self.couplings.freeze(axis, f"Python code reads the values ({place})")
+
+    def _place(self) -> tuple[str, str]:
+        """The innermost module of the network whose code is running: its name, and that with file and line."""
+        where = ""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            code = frame.f_code
+            if not code.co_filename.startswith(NOT_THE_NETWORKS):
+                where = where or f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+                owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+                name = self._modules.get(id(owner)) if isinstance(owner, nn.Module) else None
+                if name is not None:
+                    return name, f"{repr(name) if name else type(owner).__name__}, {where}"
+            frame = frame.f_back
+        return "", where or "the network"
+
     # --- the mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,9 +180,20 @@ class ChannelTracer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         operation = Operation(func, func._schema.name.rpartition("::")[2], args, kwargs, out)
-        inputs = operation.tensors()
+        inputs, results = operation.tensors(), operation.outputs()
+        for tensor in inputs:
+            self.unused.pop(id(tensor), None)
+        if not results or operation.name in DATA_DEPENDENT_SHAPES:
+            self.record_read(inputs)
+        if torch.Tag.nondeterministic_seeded in func.tags or (
+            RULES.get(operation.name) is not RULES["zeros_like"] and any(self._is_data(tensor) for tensor in inputs)
+        ):
+            for result in results:
+                self._labelled(result).data = True
+        if not results:
+            return out
         if inputs and all(self.is_parametric(tensor) for tensor in inputs):
-            for result in operation.outputs():
+            for result in results:
                 self._labelled(result).parametric = True
         if any(self.axes(tensor) for tensor in inputs):
             self._apply(operation)
@@ -148,10 +201,14 @@ class ChannelTracer(TorchDispatchMode):
         scores = self.scores_of(inputs[0]) if inputs and operation.name not in CONTRACTIONS else None
         if scores is not None:
             # Scaled, masked, normalised or reshaped attention scores are still that.
-            for result in operation.outputs():
+            for result in results:
                 if result.numel() == inputs[0].numel():
                     self.set_scores(result, scores)
         return out
+
+    def _is_data(self, tensor: Tensor) -> bool:
+        known = self._known.get(tensor)
+        return known is not None and bool(known.data)
 
     def _apply(self, operation: Operation) -> None:
         applicable = find_rule(operation)
@@ -171,8 +228,10 @@ class ChannelTracer(TorchDispatchMode):
 class QueryWatch(TorchFunctionMode):
     """Sees scaled_dot_product_attention before it is decomposed, while its scale can still be told.
 
+    Also what reads a tensor without any operation.
+
     Args:
-        tracer: Where the queries are recorded whose scale depends on their width.
+        tracer: Where the queries are recorded whose scale depends on their width, and what Python reads.
     """
 
     def __init__(self, tracer: ChannelTracer) -> None:
@@ -183,4 +242,6 @@ class QueryWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
             self._tracer.record_query(args[0] if args else kwargs["query"])
+        elif func in READS:
+            self._tracer.record_read(args[:1])
         return func(*args, **kwargs)

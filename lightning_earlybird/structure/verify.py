@@ -3,7 +3,9 @@
 The dense network computes it with the same channels set to zero.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +14,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.structure.crop import Call, smallest_call
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
+from lightning_earlybird.structure.preconditions import remedy
 from lightning_earlybird.structure.reference import (
-    HALF_PRECISION,
     ChannelLocalNorms,
+    at_least,
     complementary_masks,
     full_precision,
+    limited,
+    permute_,
     randomised,
     zeroed,
 )
-from lightning_earlybird.structure.trace import undisturbed
+from lightning_earlybird.structure.running import undisturbed
+
+ROUNDS = 3  # searches for groups that fail, before giving up
+DOUBLED_UP_TO = 200_000_000  # parameters; above, copies in double precision would take gigabytes
+NARROW, FURTHER_DRAWS = 8, 3  # channels of a group up to which more masks are tried, and how many pairs of them
 
 
 @dataclass(frozen=True)
@@ -49,27 +59,32 @@ def verify_plan(
     kwargs: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
 ) -> Verification:
     """Extract at random, non-uniform ratios and compare with the zeroed dense network.
 
-    Two complementary masks are tried, so that every channel is once removed and once kept. The extracted networks also
-    run backward, in the modes that the network is in (a branch that only training takes must fit as well). Where groups
-    claim that whole heads can go, two further masks remove some: groups that fail these only lose that claim, and
-    groups that pass nothing else keep it.
+    Three things must hold. Channels that change places, everywhere alike, change nothing. Tickets of two complementary
+    masks, so that every channel is once removed and once kept, compute what the dense network computes with the same
+    channels zeroed; groups of few channels, where a wrong plan might pass by luck, are tried with more masks. And the
+    first of those tickets runs backward, in the modes that the network is in (a branch that only training takes must
+    fit as well). Where groups claim that whole heads can go, two further masks remove some: groups that fail these only
+    lose that claim, and groups that pass nothing else keep it.
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
-    float32 on the CPU: accelerators round products, and all ranks must come to the same verdict. Groups that fail are
-    searched for by halves, and frozen.
+    float64 on the CPU: what a wrong plan changes may be small, accelerators round products, and all ranks must come to
+    the same verdict. Networks that insist on single precision, or are too large to double, are compared less strictly.
+    Where fewer pixels make the network compute the same operations, it is given fewer. Groups that fail are searched
+    for by halves, and frozen.
 
     Args:
         model: The dense denoiser.
         plan: Its traced plan.
-        args: Positional arguments of one call; one or two samples are enough.
+        args: Positional arguments of one call; one sample is enough: channels are told apart by what happens to them,
+            and no tensor of a network grows with the batch.
         kwargs: Keyword arguments of that call.
         seed: Seed of the random weights and ratios.
-        tolerance: Largest relative difference that counts as equal. On U-Nets of 20 to 230 convolutions rounding made
-            3e-6 at most, a single dimension in the wrong order at least 5e-3.
+        tolerance: Largest relative difference that counts as equal (1e-4 at least in single precision, and 1e-2 on an
+            accelerator). Rounding made 1e-11 at most on U-Nets of 55 to 230 convolutions.
 
     Returns:
         The verified plan, the error, and the groups that failed.
@@ -80,37 +95,33 @@ def verify_plan(
     generator = torch.Generator().manual_seed(seed)
     with full_precision():
         trial = _Trial(model, args, kwargs or {}, tolerance, generator)
-        masks = complementary_masks(plan, plan.groups, generator)
-        error, problem = trial.run(plan, masks)
-        if problem is None:
-            plan, worst = confirm_heads(plan, trial.compare, masks, generator)
-            return Verification(plan, max(error, worst), {})
-        plan, failed = rescue_heads(plan, trial.failing(plan, plan.groups), trial.compare, masks, generator)
+        failed = scattered_groups(plan)
         if len(failed) == len(plan.groups):
-            raise StructureError(
-                f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
-                f"First: {next(iter(failed.values()))}"
-            )
-        reduced = freeze_groups(plan, failed)
-        # The same masks again: what failed at first must have been these groups.
-        rest = [
-            TicketMask(
-                {
-                    group.name: kept if len(kept := mask.kept[group.name]) == group.size else kept.new_ones(group.size)
-                    for group in reduced.groups
-                }
-            )
-            for mask in masks
-        ]
-        error, together = trial.run(reduced, rest)
-        if together is not None:
-            raise StructureError(
-                f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass "
-                f"verification alone but not together ({together}). Groups whose widths depend on each other in Python "
-                "code are the usual cause."
-            )
-        reduced, worst = confirm_heads(reduced, trial.compare, rest, generator)
-        return Verification(reduced, max(error, worst), failed)
+            raise StructureError(f"plan: no channel group is whole ({next(iter(failed.values()))}). Trace it again.")
+        reduced, problem = freeze_groups(plan, failed) if failed else plan, None
+        for _ in range(ROUNDS):
+            # The same draws decide which groups failed, and once more whether the others pass together.
+            trial.draw(reduced)
+            error, problem = trial.run(reduced, reduced.groups)
+            if problem is None:
+                reduced, worst = confirm_heads(reduced, trial.compare, trial.masks, generator)
+                return Verification(replace(reduced, verified=True), max(error, worst), failed)
+            before, found = reduced, trial.failing(reduced, reduced.groups)
+            reduced, found = rescue_heads(reduced, found, trial.compare, trial.masks, generator)
+            failed |= found
+            if len(failed) == len(plan.groups):
+                raise StructureError(
+                    f"denoiser: {type(model).__name__} cannot be pruned: every channel group fails verification. "
+                    f"First: {next(iter(failed.values()))}.{remedy(model)}"
+                )
+            if not found and reduced is before:
+                break
+            reduced = freeze_groups(reduced, found)
+        raise StructureError(
+            f"denoiser: {type(model).__name__} cannot be pruned safely: {len(reduced.groups)} channel groups pass "
+            f"verification alone but not together ({problem}). Groups whose widths depend on each other in Python "
+            f"code are the usual cause.{remedy(model)}"
+        )
 
 
 class _Trial:
@@ -124,65 +135,115 @@ class _Trial:
         tolerance: float,
         generator: torch.Generator,
     ) -> None:
-        self.tolerance, self.generator = tolerance, generator
-        own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self._prepare(model, torch.device("cpu"), args, kwargs)
-        try:
-            self._outputs(self.reference)
-        except Exception:  # a network may insist on its device
-            if own.type == "cpu":
-                raise
-            self._prepare(model, own, args, kwargs)
-            self.tolerance = max(tolerance, 1e-2)  # convolutions there may round to ten bits (TF32)
+        self.generator = generator
+        self.masks: list[TicketMask] = []
+        self.further: list[TicketMask] = []
+        self.args: tuple[Any, ...]
+        self.kwargs: dict[str, Any]
+        self._prepare(model, smallest_call(model, args, kwargs), tolerance)
         self.keeps_modes = self._runs_in_its_modes()
+        if not self.keeps_modes:  # training may need the pixels
+            cropped = self.args, self.kwargs
+            self.args, self.kwargs = tree_map(self._moved, (tuple(args), dict(kwargs)))
+            self.keeps_modes = self._runs_in_its_modes()
+            if not self.keeps_modes:
+                self.args, self.kwargs = cropped
+        self.whole = self._outputs(self.reference)  # only now: running statistics have moved
+        self.scale = _largest(self.whole)
 
-    def run(self, plan: ChannelPlan, masks: Iterable[TicketMask]) -> tuple[float, str | None]:
-        """Extract along each mask; relative error and what is wrong, None if nothing is."""
-        worst = 0.0
-        for mask in masks:
-            error, problem = self.compare(plan, mask)
-            worst = max(worst, error)
+    def draw(self, plan: ChannelPlan) -> None:
+        """Draw the masks that the next calls of :meth:`run` try."""
+        narrow = [group for group in plan.groups if group.size <= NARROW]
+        self.masks = list(complementary_masks(plan, plan.groups, self.generator))
+        self.further = [
+            mask
+            for _ in range(FURTHER_DRAWS if narrow else 0)
+            for mask in complementary_masks(plan, narrow, self.generator, coprime=False)
+        ]
+
+    def run(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
+        """Try ``groups``, all others whole; relative error and what is wrong, None if nothing is."""
+        worst, problem = self._compare_permuted(plan, groups)
+        for index, mask in enumerate((*self.masks, *self.further)):
             if problem is not None:
-                return worst, problem
-        return worst, None
+                break
+            part = limited(mask, groups)
+            if part.num_kept == part.num_channels and index >= len(self.masks):
+                continue
+            error, problem = self.compare(plan, part, backward=index == 0)
+            worst = max(worst, error)
+        return worst, problem
 
     def failing(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> dict[str, str]:
         """Which of ``groups`` fail, and why: by halves, since most of many groups are right."""
-        _, problem = self.run(plan, complementary_masks(plan, groups, self.generator))
+        _, problem = self.run(plan, groups)
         if problem is None:
             return {}
         if len(groups) == 1:
             return {groups[0].name: problem}
         middle = len(groups) // 2
-        return self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
+        found = self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
+        if not found and len(groups) < len(plan.groups):
+            # What each does alone is below the tolerance, or they depend on each other.
+            return {group.name: f"with the others of {len(groups)} groups, {problem}" for group in groups}
+        return found
 
-    def _prepare(self, model: nn.Module, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.device = device
-        self.reference = randomised(model, device, self.generator)
+    def _prepare(self, model: nn.Module, call: Call, tolerance: float) -> None:
+        """Take the most precise copy of the network that runs."""
+        cpu = torch.device("cpu")
+        own = next((parameter.device for parameter in model.parameters()), cpu)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        # Single precision on an accelerator may mean ten bits (TF32).
+        ways = [(cpu, torch.float64, 0.0), (cpu, torch.float32, 1e-4), (own, torch.float32, 1e-2)]
+        ways = ways[0 if size <= DOUBLED_UP_TO else 1 : 2 if own.type == "cpu" else 3]
+        for device, precision, least in ways:
+            self.device, self.precision, self.tolerance = device, precision, max(tolerance, least)
+            self.reference = randomised(model, self._moved, self.generator)
+            self.args, self.kwargs = tree_map(self._moved, call)
+            try:
+                with undisturbed(self.reference):
+                    self._call(self.reference)
+                self._outputs(self.reference)
+                return
+            except Exception:  # a network may insist on a precision or on its device
+                if (device, precision, least) == ways[-1]:
+                    raise
 
-        def moved(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(device, torch.float32 if leaf.dtype in HALF_PRECISION else leaf.dtype, copy=True)
+    def _moved(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(self.device, at_least(leaf.dtype, self.precision), copy=True)
 
-        self.args, self.kwargs = tree_map(moved, (tuple(args), dict(kwargs)))
+    def _compare_permuted(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
+        if self.precision != torch.float64:
+            return 0.0, None  # channels are summed in another order, and rounding grows with depth
+        changed = copy.deepcopy(self.reference)
+        permute_(changed, plan, groups, self.generator)
+        return self._difference(self.whole, self._outputs(changed), "once its channels change places, ")
 
-    def compare(self, plan: ChannelPlan, mask: TicketMask) -> tuple[float, str | None]:
+    def compare(self, plan: ChannelPlan, mask: TicketMask, *, backward: bool = True) -> tuple[float, str | None]:
         """Extract along one mask; relative error and what is wrong, None if nothing is."""
         expected = self._outputs(zeroed(self.reference, plan, mask))
         try:
             ticket = extract(self.reference, plan, mask)
             actual = self._outputs(ticket)
-            self._backward(ticket)
+            if backward:
+                self._backward(ticket)
         except Exception as problem:  # whatever user code raises on a narrower network is the finding
             return float("inf"), f"{type(problem).__name__}: {problem}"
+        return self._difference(expected, actual, "")
+
+    def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
-            return float("inf"), "the output changes its shape"
-        scale = max((float(tensor.abs().max()) for tensor in expected), default=0.0)
-        if scale == 0.0:
+            return float("inf"), f"{when}the output changes its shape"
+        if self.scale == 0.0:
             return float("inf"), "the output is zero whatever the weights"
-        error = max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True)) / scale
-        return error, None if error <= self.tolerance else f"the output differs by {error:.1e} (relative)"
+        if not math.isfinite(self.scale):
+            return float("inf"), "the output is not finite with random weights"
+        # What a mask leaves of a few channels may well be zero.
+        scale = _largest(expected) or self.scale
+        error = _largest([a - e for a, e in zip(actual, expected, strict=True)]) / scale
+        return error, None if error <= self.tolerance else f"{when}the output differs by {error:.1e} (relative)"
 
     def _call(self, network: nn.Module) -> list[Tensor]:
         with torch.autocast(self.device.type, enabled=False):
@@ -206,6 +267,28 @@ class _Trial:
             outputs = [tensor for tensor in self._call(ticket) if tensor.requires_grad]
             if outputs:
                 torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest magnitude; NaN if there is one."""
+    return float(torch.stack([tensor.abs().max().double() for tensor in tensors]).max()) if tensors else 0.0
+
+
+def scattered_groups(plan: ChannelPlan) -> dict[str, str]:
+    """Groups of which only some channels live in a dimension: a mask could leave nothing of it."""
+    scattered: dict[str, str] = {}
+    group_of = plan.group_of_channel()
+    sizes = torch.tensor([group.size for group in plan.groups])
+    for name, dims in plan.ids.items():
+        for dim, ids in dims.items():
+            counts = torch.bincount(group_of[ids[ids >= 0].unique()], minlength=len(sizes))
+            for index in ((counts > 0) & (counts < sizes)).nonzero().flatten().tolist():
+                group = plan.groups[index]
+                scattered.setdefault(
+                    group.name,
+                    f"only {int(counts[index])} of its {group.size} channels live in dimension {dim} of {name!r}",
+                )
+    return scattered
 
 
 def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:

@@ -206,7 +206,7 @@ def test_a_weight_that_is_tied_is_one_tensor_of_the_plan() -> None:
 
 
 def test_a_network_on_the_meta_device_is_refused() -> None:
-    with pytest.raises(StructureError, match=r"parameters on the meta device.* Materialise them first"):
+    with pytest.raises(StructureError, match=r"'weight' is on the meta device.* Materialise it first"):
         trace_plan(nn.Linear(4, 2, device="meta"), (torch.ones(3, 4),))
 
 
@@ -220,3 +220,33 @@ def test_a_network_without_channels_to_prune_is_refused_with_the_reasons() -> No
 def test_a_network_that_produces_no_channels_at_all_is_refused() -> None:
     with pytest.raises(StructureError, match="Reasons: no layer produces channels"):
         trace_plan(nn.Linear(1, 1), (torch.ones(3, 1),))
+
+
+def test_the_summary_gathers_what_stays_by_reason() -> None:
+    network = nn.ModuleDict({f"layer{i}": nn.Linear(4, 4) for i in range(6)})
+    network["last"] = nn.Linear(4, 3)
+
+    def forward(x: Tensor) -> Tensor:
+        h = network["layer0"](x)
+        for i in range(1, 6):
+            h = network[f"layer{i}"](h).softmax(dim=1)
+        return network["last"](h)
+
+    network.forward = forward
+
+    assert trace_plan(network, (torch.ones(2, 4),)).summary() == (
+        "4 channels in 1 group can be pruned\n"
+        "20 stay: _softmax over channels (layer1, layer2, layer3 and 2 more)\n"
+        "3 stay: the network's output (last)"
+    )
+
+
+def test_rolling_channels_freezes_them() -> None:
+    class Rolled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](self[1](self[0](x).roll(1, dims=1).roll(1, dims=0)))
+
+    plan = trace_plan(Rolled(nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)), (torch.ones(3, 4),))
+
+    assert sizes(plan) == {"1": (1, 6)}
+    assert {entry.name: entry.reason for entry in plan.frozen}["0"] == "roll over channels"

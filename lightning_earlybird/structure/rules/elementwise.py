@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_earlybird.structure.labels import align, varying
-from lightning_earlybird.structure.rules.registry import Operation, rule
+from lightning_earlybird.structure.rules.registry import Operation, freeze_all, rule
 
 if TYPE_CHECKING:
     from lightning_earlybird.structure.tracer import ChannelTracer
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 @rule("new_zeros", "new_ones", "new_empty", "new_full", "bernoulli", "fill")
 def fresh(tracer: "ChannelTracer", op: Operation) -> None:
     """The result does not depend on the operand's values: it carries no channels."""
+
+
+@rule("any", "all")
+def quantifier(tracer: "ChannelTracer", op: Operation) -> None:
+    """A check of all values, for Python to act on, carries no channels; along some dimensions it mixes them."""
+    if op.out.numel() > 1:
+        freeze_all(tracer, op, f"{op.name} over channels")
 
 
 @rule("pointwise", "_prelu_kernel")

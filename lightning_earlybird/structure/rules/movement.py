@@ -134,6 +134,12 @@ def rearrange(tracer: "ChannelTracer", op: Operation) -> None:
     for other in op.tensors()[1:]:
         for axis in tracer.axes(other):
             tracer.couplings.freeze(axis, f"used as an index by {op.name}")
+    if op.name == "roll":
+        # The neighbour of a channel is another one in a narrower network.
+        dims = {dim % source.dim() for dim in op.argument(2, "dims", ()) or range(source.dim())}
+        if any(dims & set(varying(axis)) for axis in tracer.axes(source)):
+            freeze_all(tracer, op, "roll over channels")
+            return
     if op.name == "as_strided" and not source.is_contiguous():
         freeze_all(tracer, op, "strided access")
         return
