@@ -13,15 +13,38 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 
 
+def benchmarks(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A file in ``benchmarks/``, imported as when it is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    together = ("structure", "memory", "targets")
+    for each in together:
+        monkeypatch.delitem(sys.modules, each, raising=False)
+    yield importlib.import_module(name)
+    for each in together:
+        sys.modules.pop(each, None)
+
+
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """``benchmarks/structure.py``, imported as when it is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("structure", "memory"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("structure")
-    for name in ("structure", "memory"):
-        sys.modules.pop(name, None)
+    yield from benchmarks("structure", monkeypatch)
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from benchmarks("targets", monkeypatch)
+
+
+def test_sparsities_are_met_to_one_percent_on_the_papers_networks_and_a_transformer(targets: ModuleType) -> None:
+    rows = list(targets.measure())
+
+    assert [(row.network, row.target, row.scope) for row in rows] == [
+        (network, target, scope)
+        for network in ("CIFAR-10 U-Net", "CelebA U-Net", "DiT")
+        for target in ("channels", "params", "macs")
+        for scope in ("uniform", "global")
+    ]
+    assert all(list(row.achieved) == [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] for row in rows)
+    assert max(row.miss for row in rows) <= targets.LIMIT == 0.01
 
 
 @pytest.mark.slow

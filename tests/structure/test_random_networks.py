@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.structure import ChannelPlan, StructureError, extract, trace_plan, verify_plan
+from lightning_earlybird.structure import (
+    ChannelPlan,
+    StructureError,
+    WidthCost,
+    count_macs,
+    count_parameters,
+    extract,
+    trace_plan,
+    verify_plan,
+)
 
 EXAMPLES = int(os.environ.get("EARLYBIRD_EXAMPLES", 0))
 TOLERANCE = 1e-6  # in double precision; the factor of query scales is in single precision
@@ -137,6 +146,15 @@ def check(network: RandomNetwork, plan: ChannelPlan, seed: int) -> None:
         assert difference(network, plan, mask, seed + index) <= TOLERANCE, network.names
 
 
+def check_cost(network: RandomNetwork, plan: ChannelPlan, seed: int) -> None:
+    """A ticket costs what the plan says, to the last digit."""
+    mask = random_mask(plan, seed)
+    ticket, counts = extract(network, plan, mask), torch.tensor([int(kept.sum()) for kept in mask.kept.values()])
+    assert WidthCost(plan.parameters(), plan.groups)(counts) == count_parameters(ticket), network.names
+    if int(counts.min()) > 1:  # einsum multiplies element by element over a width of one, which the counter passes over
+        assert WidthCost(plan.macs, plan.groups)(counts) == count_macs(ticket, inputs(1)), network.names
+
+
 search = settings(max_examples=EXAMPLES or 30, suppress_health_check=list(HealthCheck))
 
 
@@ -148,6 +166,7 @@ def test_what_verification_lets_through_is_equal_to_the_zeroed_network(random: R
 
     if verified:
         check(network, verified, seed)
+        check_cost(network, verified, seed)
 
 
 @search
