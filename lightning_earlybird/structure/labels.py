@@ -73,11 +73,20 @@ class Couplings:
         self._edges: list[Tensor] = []
         self._frozen: list[tuple[Tensor, str]] = []
         self._produced: list[Tensor] = []
+        self._followers: list[Tensor] = []
 
     def fresh(self, size: int) -> Tensor:
         """``size`` new labels, shape (size,)."""
         labels = torch.arange(self.count, self.count + size)
         self.count += size
+        return labels
+
+    def followers(self, axis: Tensor) -> Tensor:
+        """Labels for what has one element a block of channels (a statistic of each head, say): tied to nothing."""
+        if not varying(axis):
+            return torch.zeros_like(axis)
+        labels = self.fresh(axis.numel()).view(axis.shape)
+        self._followers.append(labels.reshape(-1))
         return labels
 
     def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
@@ -95,6 +104,9 @@ class Couplings:
         if len(pairs) == 0:
             return
         a, b = pairs // self.count, pairs % self.count
+        if self._followers:
+            free = torch.isin(a, torch.cat(self._followers)) | torch.isin(b, torch.cat(self._followers))
+            a, b = a[~free], b[~free]
         without = (a == 0) | (b == 0)
         self.freeze((a + b)[without], reason)
         self._edges.append(torch.stack([a, b], dim=1)[~without])

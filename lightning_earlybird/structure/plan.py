@@ -61,6 +61,21 @@ class QueryScale:
 
 
 @dataclass(frozen=True, eq=False)
+class ChannelStatistic:
+    """An operation that reduces over channels (a mean square, a norm, a softmax): a ticket's is over those that stay.
+
+    Attributes:
+        call: Name of the operation, and how many calls of it come before in a forward pass.
+        dim: The reduced dimension of its input.
+        ids: Channel ids along ``dim``; of the input's rank, with size 1 where they do not vary.
+    """
+
+    call: tuple[str, int]
+    dim: int
+    ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelPlan:
     """How a denoiser's tensors depend on its channels; traced once per fit.
 
@@ -74,6 +89,9 @@ class ChannelPlan:
         unknown_operations: Operation name -> number of calls that the tracer had no rule for (their channels are
             frozen).
         query_scales: Where a narrower attention head needs its query rescaled to compute the same scores.
+        statistics: Where the network reduces over channels.
+        fixed_numbers: Calls that scale attention scores by a number, which is the dense network's in tickets as well
+            (where it depends on the width, queries are rescaled).
     """
 
     ids: Mapping[str, Mapping[int, Tensor]]
@@ -82,6 +100,8 @@ class ChannelPlan:
     frozen: tuple[FrozenChannels, ...] = ()
     unknown_operations: Mapping[str, int] = field(default_factory=dict)
     query_scales: tuple[QueryScale, ...] = ()
+    statistics: tuple[ChannelStatistic, ...] = ()
+    fixed_numbers: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def num_channels(self) -> int:

@@ -1,16 +1,35 @@
 """The tracer: labels every tensor that a network computes, operation by operation."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_earlybird.structure.labels import Couplings, varying
-from lightning_earlybird.structure.rules import CONTRACTIONS, Operation, find_rule, freeze_all
+from lightning_earlybird.structure.rules import CONTRACTIONS, MOVEMENTS, Call, Operation, find_rule, freeze_all
+
+
+@dataclass(eq=False)
+class TracedAttention:
+    """One attention that the trace has seen.
+
+    Attributes:
+        labels: The channels that queries and keys were contracted over.
+        rows: Labels of the query, (heads, width); several where several layers make queries for different positions.
+        scalars: The calls that scaled queries, keys or scores by a number.
+        by_width: Whether the kernel divides by the square root of the width; None: it is for the scalars to tell.
+    """
+
+    labels: Tensor
+    rows: list[Tensor]
+    scalars: set[Call] = field(default_factory=set)
+    by_width: bool | None = None
 
 
 @dataclass
@@ -19,7 +38,9 @@ class _Labelled:
 
     axes: list[Tensor] = field(default_factory=list)
     parametric: bool = False  # a function of parameters only
-    scores: Tensor | None = None  # attention scores: the labels of the width that was contracted
+    plain: bool = False  # a parameter, or the elements of one in other places
+    scores: TracedAttention | None = None  # it holds the scores of this attention
+    scalars: frozenset[Call] = frozenset()  # calls that have scaled it by a number since it left its layer
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -35,8 +56,11 @@ class ChannelTracer(TorchDispatchMode):
         self.dimensions: dict[tuple[str, int], Tensor] = {}  # (tensor name, dim) -> labels, in the model's order
         self.inputs: dict[str, Tensor] = {}  # module -> labels of its input's channel dimension
         self.rows: list[Tensor] = []  # label matrices whose rows must keep equally many
-        self.queries: list[Tensor] = []  # labels of attention queries, (heads, width)
+        self.attentions: list[TracedAttention] = []
+        self.statistics: list[tuple[Call, int, Tensor]] = []  # call, reduced dimension, axis along it
+        self.numbers: dict[Call, tuple[float, ...]] = {}  # the plain numbers in element-wise operations
         self.unknown: dict[str, int] = {}
+        self._calls: Counter[str] = Counter()
         self._known: Any = WeakTensorKeyDictionary()
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         for name, tensor in [*model.named_parameters(), *buffers]:
@@ -46,7 +70,7 @@ class ChannelTracer(TorchDispatchMode):
                     labels = self.couplings.fresh(size)
                     self.dimensions[name, dim] = labels
                     axes.append(labels.view([-1 if d == dim else 1 for d in range(tensor.dim())]))
-            self._known[tensor] = _Labelled(axes, parametric=True)
+            self._known[tensor] = _Labelled(axes, parametric=True, plain=True)
 
     # --- what rules read and write
 
@@ -78,6 +102,20 @@ class ChannelTracer(TorchDispatchMode):
             result.append(axis)
         return result
 
+    def finest(self, axes: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+        """The axes of something that meets channels spread over ``dims``, (heads, width) say, without those of heads.
+
+        Every head keeps some of its channels: a parameter that has one element a head stays whole, and one of (heads,
+        width) can be cut along the width, alike in all heads.
+        """
+        result = []
+        for axis in axes:
+            if set(varying(axis)) < set(dims) and max(dims) not in varying(axis):
+                self.couplings.freeze(axis, "one element for each head")
+            else:
+                result.append(axis)
+        return result
+
     def freeze_others(self, tensor: Tensor, dims: Iterable[int], reason: str) -> None:
         """Freeze the axes that vary, but along none of ``dims``: what follows does not know them."""
         for axis in self.axes(tensor):
@@ -94,29 +132,50 @@ class ChannelTracer(TorchDispatchMode):
         known = self._known.get(tensor)
         return known is not None and bool(known.parametric)
 
-    def set_scores(self, tensor: Tensor, labels: Tensor) -> None:
-        """Remember that a tensor holds attention scores, contracted over these labels."""
-        self._labelled(tensor).scores = labels
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a parameter or buffer, however it is viewed."""
+        known = self._known.get(tensor)
+        return known is not None and bool(known.plain)
+
+    def record_scores(self, tensor: Tensor, labels: Tensor, query: Tensor, operands: Sequence[Tensor]) -> None:
+        """Remember that a tensor holds attention scores.
+
+        Args:
+            tensor: The scores.
+            labels: What they were contracted over, without repetition.
+            query: The labels of the query, (..., width).
+            operands: Queries and keys.
+        """
+        attention = TracedAttention(labels, _query_rows(query))
+        for operand in operands:
+            attention.scalars |= self._labelled(operand).scalars
+        self._labelled(tensor).scores = attention
+        self.attentions.append(attention)
 
     def scores_of(self, tensor: Tensor) -> Tensor | None:
         """The labels over which attention scores were contracted."""
         known = self._known.get(tensor)
-        return known.scores if known is not None else None
+        return known.scores.labels if known is not None and known.scores is not None else None
 
     def record_rows(self, matrix: Tensor) -> None:
         """Each row of this label matrix must keep equally many channels."""
         self.rows.append(matrix)
 
-    def record_query(self, query: Tensor) -> None:
-        """An attention that will divide by the square root of its query's width, (..., heads, N, width)."""
-        last = query.dim() - 1
-        heads = [last - 2] if query.dim() > 3 else []
+    def record_statistic(self, op: Operation, dim: int, axis: Tensor) -> None:
+        """An operation that reduces a dimension which is labelled: among the channels that stay, in a ticket."""
+        self.statistics.append((op.call, dim, axis))
+
+    def record_fused_attention(self, op: Operation, query: Tensor) -> None:
+        """An attention in one operation, of a query (B, heads, N, width)."""
         for axis in self.axes(query):
-            if last in varying(axis):
-                # Several layers may have made queries for different positions.
-                rest = [dim for dim in range(query.dim()) if dim not in (*heads, last)]
-                rows = axis.shape[heads[0]] if heads else 1
-                self.queries += axis.permute(*rest, *heads, last).reshape(-1, rows, axis.shape[last]).unique(dim=0)
+            if query.dim() - 1 in varying(axis):
+                attention = TracedAttention(axis.reshape(-1), _query_rows(axis))
+                if op.kwargs.get("scale") is None:
+                    attention.by_width = True
+                else:
+                    attention.scalars = {op.call, *self._labelled(query).scalars}
+                    self.numbers[op.call] = (float(op.kwargs["scale"]),)
+                self.attentions.append(attention)
 
     def record_input(self, name: str, dim: int, value: Any) -> None:
         """The channels that a module with a width attribute receives."""
@@ -134,22 +193,51 @@ class ChannelTracer(TorchDispatchMode):
         """Run the operation, then label its results."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        operation = Operation(func, func._schema.name.rpartition("::")[2], args, kwargs, out)
+        name = func._schema.name.rpartition("::")[2]
+        operation = Operation(func, name, args, kwargs, out, (name, self._calls[name]))
+        self._calls[name] += 1
         inputs = operation.tensors()
         if inputs and all(self.is_parametric(tensor) for tensor in inputs):
             for result in operation.outputs():
-                self._labelled(result).parametric = True
+                known = self._labelled(result)
+                known.parametric = True
+                known.plain = name in MOVEMENTS and self.is_parameter(inputs[0])
+        scalars = self._follow_scalars(operation, inputs)
         if any(self.axes(tensor) for tensor in inputs):
             self._apply(operation)
-        scores = self.scores_of(inputs[0]) if inputs and operation.name not in CONTRACTIONS else None
-        if scores is not None:
+        known = self._known.get(inputs[0]) if inputs and name not in CONTRACTIONS else None
+        if known is not None and known.scores is not None:
             # Scaled, masked, normalised or reshaped attention scores are still that.
+            known.scores.scalars |= scalars
             for result in operation.outputs():
                 if result.numel() == inputs[0].numel():
-                    self.set_scores(result, scores)
+                    self._labelled(result).scores = known.scores
         return out
 
+    def _follow_scalars(self, operation: Operation, inputs: Sequence[Tensor]) -> frozenset[Call]:
+        """Which calls have scaled the result by a number since it left its layer; this one included."""
+        pointwise = torch.Tag.pointwise in operation.func.tags
+        numbers = numbers_in(operation.args, operation.kwargs) if pointwise else ()
+        if numbers:
+            self.numbers[operation.call] = numbers
+        if not pointwise and operation.name not in MOVEMENTS:
+            return frozenset()
+        scalars = frozenset([operation.call] if numbers else [])
+        for tensor in inputs:
+            known = self._known.get(tensor)
+            scalars |= known.scalars if known is not None else frozenset()
+        if scalars:
+            for result in operation.outputs():
+                self._labelled(result).scalars = scalars
+        return scalars
+
     def _apply(self, operation: Operation) -> None:
+        for tensor in operation.tensors():
+            if any(not varying(axis) for axis in self.axes(tensor)):
+                for axis in self.axes(tensor):
+                    if not varying(axis):
+                        self.couplings.freeze(axis, "one channel is picked by its position")
+                self.put(tensor, [axis for axis in self.axes(tensor) if varying(axis)])
         applicable = find_rule(operation)
         if applicable is None:
             self.unknown[operation.name] = self.unknown.get(operation.name, 0) + 1
@@ -164,19 +252,14 @@ class ChannelTracer(TorchDispatchMode):
         return known
 
 
-class QueryWatch(TorchFunctionMode):
-    """Sees scaled_dot_product_attention before it is decomposed, while its scale can still be told.
+def numbers_in(args: Any, kwargs: Any) -> tuple[float, ...]:
+    """The plain numbers among the arguments of an operation, in order."""
+    leaves = tree_flatten((args, kwargs))[0]
+    return tuple(leaf for leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool))
 
-    Args:
-        tracer: Where the queries are recorded whose scale depends on their width.
-    """
 
-    def __init__(self, tracer: ChannelTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
-            self._tracer.record_query(args[0] if args else kwargs["query"])
-        return func(*args, **kwargs)
+def _query_rows(query: Tensor) -> list[Tensor]:
+    """The distinct rows of a query's labels, (..., width) -> (rows, width); columns without a channel are dropped."""
+    rows = query.reshape(-1, query.shape[-1])
+    rows = rows[:, (rows != 0).any(dim=0)]
+    return list(rows.unique(dim=0))

@@ -4,6 +4,7 @@ The dense network computes it with the same channels set to zero.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.reference import (
@@ -155,13 +157,15 @@ class _Trial:
         self.args, self.kwargs = tree_map(moved, (tuple(args), dict(kwargs)))
 
     def _compare(self, plan: ChannelPlan, mask: TicketMask) -> tuple[float, str | None]:
-        expected = self._outputs(zeroed(self.reference, plan, mask))
+        record = NumberRecord()
         try:
             ticket = extract(self.reference, plan, mask)
-            actual = self._outputs(ticket)
+            actual = self._outputs(ticket, record)
             self._backward(ticket)
         except Exception as problem:  # whatever user code raises on a narrower network is the finding
             return float("inf"), f"{type(problem).__name__}: {problem}"
+        numbers = {} if record.from_data else record.numbers
+        expected = self._outputs(zeroed(self.reference, plan, mask), Counterpart(plan, mask, numbers))
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
             return float("inf"), "the output changes its shape"
         scale = max((float(tensor.abs().max()) for tensor in expected), default=0.0)
@@ -174,8 +178,8 @@ class _Trial:
         with torch.autocast(self.device.type, enabled=False):
             return _tensors(network(*self.args, **self.kwargs))
 
-    def _outputs(self, network: nn.Module) -> list[Tensor]:
-        with undisturbed(network), ChannelLocalNorms():
+    def _outputs(self, network: nn.Module, mode: AbstractContextManager[Any] | None = None) -> list[Tensor]:
+        with undisturbed(network), ChannelLocalNorms(), mode or nullcontext():
             return self._call(network)
 
     def _runs_in_its_modes(self) -> bool:
@@ -214,6 +218,7 @@ def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:
         ids={name: dims for name, dims in ids.items() if dims},
         groups=tuple(groups),
         inputs={name: renumbered[numbers] for name, numbers in plan.inputs.items()},
+        statistics=tuple(replace(each, ids=renumbered[each.ids]) for each in plan.statistics),
         frozen=(
             *plan.frozen,
             *(

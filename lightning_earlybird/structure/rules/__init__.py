@@ -9,10 +9,13 @@ never correctness.
 # Importing a module of rules registers them.
 from lightning_earlybird.structure.rules import contractions, elementwise, layers, movement, normalisation
 from lightning_earlybird.structure.rules.contractions import CONTRACTIONS
-from lightning_earlybird.structure.rules.registry import Operation, find_rule, freeze_all
+from lightning_earlybird.structure.rules.movement import MOVEMENTS
+from lightning_earlybird.structure.rules.registry import Call, Operation, find_rule, freeze_all
 
 __all__ = [
     "CONTRACTIONS",
+    "MOVEMENTS",
+    "Call",
     "Operation",
     "contractions",
     "elementwise",

@@ -47,7 +47,7 @@ def contract(
             for right in flat[1]:
                 tracer.couplings.tie(left, right, "contracted with a tensor without channels")
         if not tracer.is_parametric(first) and not tracer.is_parametric(second):
-            tracer.set_scores(out, _distinct(flat[0][0]))
+            tracer.record_scores(out, _distinct(flat[0][0]), flat[0][0], (first, second))
     else:
         for axis in (*sides[0], *sides[1]):
             tracer.couplings.freeze(axis, "contracted with a tensor that carries no channels")

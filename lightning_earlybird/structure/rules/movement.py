@@ -1,5 +1,6 @@
 """Data movement: labels move along with the elements."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,14 @@ from lightning_earlybird.structure.rules.registry import Operation, freeze_all, 
 
 if TYPE_CHECKING:
     from lightning_earlybird.structure.tracer import ChannelTracer
+
+# What shows the elements of one tensor in other places.
+MOVEMENTS = frozenset(
+    ["clone", "detach", "alias", "contiguous", "_to_copy", "to", "view", "_unsafe_view", "reshape", "_reshape_alias"]
+    + ["squeeze", "unsqueeze", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "movedim", "swapaxes"]
+    + ["expand", "expand_as", "broadcast_to", "slice", "narrow", "select", "split", "split_with_sizes", "chunk"]
+    + ["unbind", "cat", "stack", "repeat", "constant_pad_nd", "dropout", "native_dropout"]
+)
 
 
 @rule("clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "positive", "_conj")
@@ -29,7 +38,8 @@ def reshape(tracer: "ChannelTracer", op: Operation) -> None:
     for axis in tracer.axes(source):
         new = reshape_axis(axis, source.shape, result.shape)
         if 0 < len(varying(axis)) < len(varying(new)):
-            tracer.record_rows(new.reshape(-1, new.shape[varying(new)[-1]]))
+            for dim in varying(new)[1:]:
+                tracer.record_rows(new.reshape(math.prod(new.shape[:dim]), -1))
         moved.append(new)
     tracer.put(result, moved)
 
@@ -61,9 +71,6 @@ def take(tracer: "ChannelTracer", op: Operation) -> None:
         else:
             called = op.func(axis, *op.args[1:], **op.kwargs)
             parts = [compress(part) for part in (called if isinstance(called, list | tuple) else [called])]
-            for part in parts:
-                if not varying(part):
-                    tracer.couplings.freeze(part, "one channel is picked by its position")
         for target, part in zip(moved, parts, strict=True):
             target.append(part)
     for result, axes in zip(results, moved, strict=True):
@@ -85,7 +92,9 @@ def concatenate(tracer: "ChannelTracer", op: Operation) -> None:
         wanted = next((varying(piece[0]) for piece in axes if len(piece) == 1), ())
         for index, piece in enumerate(axes):
             if len(piece) > 1:
-                match = [axis for axis in piece if varying(axis) == wanted][:1] or piece[:1]
+                piece = tracer.finest(piece, wanted)
+                inside = [axis for axis in piece if set(varying(axis)) & set(wanted)]
+                match = [axis for axis in piece if varying(axis) == wanted][:1] or inside[:1] or piece[:1]
                 for axis in piece:
                     if axis is not match[0]:
                         tracer.couplings.freeze(axis, "joined with a tensor that has no such channels")
@@ -120,6 +129,12 @@ def pad(tracer: "ChannelTracer", op: Operation) -> None:
                 own[2 * k : 2 * k + 2] = amounts[2 * k : 2 * k + 2]
         moved.append(torch.constant_pad_nd(axis, own, 0))
     tracer.put(op.out, moved)
+
+
+@rule("index_put")
+def write(tracer: "ChannelTracer", op: Operation) -> None:
+    """Values are written to places that are computed: whatever channels they carry stay."""
+    freeze_all(tracer, op, "written to computed places")
 
 
 @rule("repeat", "index", "index_select", "roll", "flip", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
