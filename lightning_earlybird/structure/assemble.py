@@ -141,7 +141,9 @@ def query_scales(tracer: ChannelTracer, attentions: Sequence[TracedAttention]) -
     scales: list[QueryScale] = []
     for ((name, dim), _), rows in found.items():
         scales.append(QueryScale(name, dim, torch.stack(rows)))
-        bias = name.removesuffix("weight") + "bias"
-        if name.endswith("weight") and (bias, 0) in tracer.dimensions:
-            scales.append(QueryScale(bias, 0, torch.stack(rows)))
+        # nn.MultiheadAttention keeps the biases of separate projections in one, queries first.
+        for ending, partner in (("weight", "bias"), ("q_proj_weight", "in_proj_bias")):
+            bias = name.removesuffix(ending) + partner
+            if name.endswith(ending) and (bias, 0) in tracer.dimensions:
+                scales.append(QueryScale(bias, 0, torch.stack(rows)))
     return tuple(scales)

@@ -1,7 +1,8 @@
 """The tracer: labels every tensor that a network computes, operation by operation."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class _Labelled:
     plain: bool = False  # a parameter, or the elements of one in other places
     scores: TracedAttention | None = None  # it holds the scores of this attention
     scalars: frozenset[Call] = frozenset()  # calls that have scaled it by a number since it left its layer
+    statistic: bool = False  # a statistic over channels
+    normalised: bool = False  # divided by one, without a gain since: how its layer scales it does not matter
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -61,6 +64,7 @@ class ChannelTracer(TorchDispatchMode):
         self.numbers: dict[Call, tuple[float, ...]] = {}  # the plain numbers in element-wise operations
         self.unknown: dict[str, int] = {}
         self._calls: Counter[str] = Counter()
+        self._aside = False
         self._known: Any = WeakTensorKeyDictionary()
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         for name, tensor in [*model.named_parameters(), *buffers]:
@@ -147,10 +151,11 @@ class ChannelTracer(TorchDispatchMode):
             operands: Queries and keys.
         """
         attention = TracedAttention(labels, _query_rows(query))
-        for operand in operands:
-            attention.scalars |= self._labelled(operand).scalars
         self._labelled(tensor).scores = attention
-        self.attentions.append(attention)
+        if not self._labelled(operands[0]).normalised:  # otherwise its factor is the ticket's own
+            for operand in operands:
+                attention.scalars |= self._labelled(operand).scalars
+            self.attentions.append(attention)
 
     def scores_of(self, tensor: Tensor) -> Tensor | None:
         """The labels over which attention scores were contracted."""
@@ -164,6 +169,8 @@ class ChannelTracer(TorchDispatchMode):
     def record_statistic(self, op: Operation, dim: int, axis: Tensor) -> None:
         """An operation that reduces a dimension which is labelled: among the channels that stay, in a ticket."""
         self.statistics.append((op.call, dim, axis))
+        for result in op.outputs():
+            self._labelled(result).statistic = result.dim() < op.args[0].dim() or result.shape[dim] == 1
 
     def record_fused_attention(self, op: Operation, query: Tensor) -> None:
         """An attention in one operation, of a query (B, heads, N, width)."""
@@ -181,11 +188,21 @@ class ChannelTracer(TorchDispatchMode):
         """The channels that a module with a width attribute receives."""
         if not isinstance(value, Tensor):
             return
-        for axis in self.along(value, keep=(dim % value.dim(),), must=dim % value.dim()):
-            labels = axis.reshape(-1)
-            if name in self.inputs:
-                self.couplings.tie(self.inputs[name], labels, "one module serves several widths")
-            self.inputs.setdefault(name, labels)
+        with self.aside():
+            for axis in self.along(value, keep=(dim % value.dim(),), must=dim % value.dim()):
+                labels = axis.reshape(-1)
+                if name in self.inputs:
+                    self.couplings.tie(self.inputs[name], labels, "one module serves several widths")
+                self.inputs.setdefault(name, labels)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Arithmetic on labels between the network's operations, which is none of them."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     # --- the mode
 
@@ -193,6 +210,8 @@ class ChannelTracer(TorchDispatchMode):
         """Run the operation, then label its results."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self._aside:
+            return out
         name = func._schema.name.rpartition("::")[2]
         operation = Operation(func, name, args, kwargs, out, (name, self._calls[name]))
         self._calls[name] += 1
@@ -223,12 +242,18 @@ class ChannelTracer(TorchDispatchMode):
         if not pointwise and operation.name not in MOVEMENTS:
             return frozenset()
         scalars = frozenset([operation.call] if numbers else [])
-        for tensor in inputs:
-            known = self._known.get(tensor)
-            scalars |= known.scalars if known is not None else frozenset()
-        if scalars:
+        operands = [known for known in map(self._known.get, inputs) if known is not None]
+        for known in operands:
+            scalars |= known.scalars
+        statistic = any(known.statistic for known in operands)
+        normalises = statistic and any(known.axes and not known.statistic for known in operands)
+        gained = any(known.plain and known.axes for known in operands)
+        normalised = normalises or (any(known.normalised for known in operands) and not gained)
+        if scalars or statistic or normalised:
             for result in operation.outputs():
-                self._labelled(result).scalars = scalars
+                known = self._labelled(result)
+                known.scalars = frozenset() if normalises else scalars
+                known.statistic, known.normalised = statistic and not normalises, normalised
         return scalars
 
     def _apply(self, operation: Operation) -> None:

@@ -74,8 +74,12 @@ class WidthWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        with self._tracer.aside():
+            return self._noted(func, args, kwargs or {}, out)
+
+    def _noted(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         if func == SHAPE or func is Tensor.size:
-            return self._sizes(args[0], out, args[1:], kwargs or {})
+            return self._sizes(args[0], out, args[1:], kwargs)
         sizes = tree_flatten((args[1:], kwargs))[0] if func in RESHAPES or func in UNFLATTENS else []
         if any(isinstance(size, Width) for size in sizes):
             first = 0
@@ -95,9 +99,9 @@ class WidthWatch(TorchFunctionMode):
             return widths[args[0] if args else kwargs["dim"]]
         return Shape(widths)
 
-    @staticmethod
-    def _width(axes: list[Tensor], dim: int, size: int) -> int:
-        along = [axis for axis in axes if varying(axis) == (dim,)]
+    def _width(self, axes: list[Tensor], dim: int, size: int) -> int:
+        along = [self._tracer.couplings.canonical(axis) for axis in axes if dim in varying(axis)]
+        along = [axis for axis in along if varying(axis) == (dim,)]
         return Width.of(along[0].reshape(-1)) if len(along) == 1 else size
 
     def _tie(self, out: Tensor, dim: int, width: Width) -> None:

@@ -40,9 +40,9 @@ def meet(tracer: "ChannelTracer", operands: Sequence[Tensor], rank: int) -> list
     spread = {varying(align(axis, rank)) for operand in operands for axis in tracer.axes(operand)}
     for operand in operands:
         axes = [align(axis, rank) for axis in tracer.axes(operand)]
+        own.append([varying(axis) for axis in axes])
         for dims in spread:
             axes = tracer.finest(axes, dims)
-        own.append([varying(axis) for axis in axes])
         for axis in axes:
             met = [index for index, other in enumerate(merged) if set(varying(axis)) & set(varying(other))]
             for index in met:
@@ -57,7 +57,9 @@ def meet(tracer: "ChannelTracer", operands: Sequence[Tensor], rank: int) -> list
         sizes = (1,) * (rank - operand.dim()) + tuple(1 if stride == 0 else size for size, stride in strides)
         for axis in merged:
             mine = set(varying(axis))
-            if any(sizes[dim] > 1 for dim in mine) and not any(mine & set(theirs) for theirs in dims):
+            labelled = mine & {dim for theirs in dims for dim in theirs}
+            wide = {dim for dim in mine if sizes[dim] > 1}
+            if wide and (not labelled or (max(mine) in wide and max(mine) not in labelled)):
                 tracer.couplings.freeze(axis, "meets a tensor of fixed width that carries no channels")
     return merged
 

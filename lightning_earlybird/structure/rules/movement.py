@@ -85,36 +85,45 @@ def concatenate(tracer: "ChannelTracer", op: Operation) -> None:
     axes = [tracer.axes(piece) for piece in pieces]
     if op.name == "stack":
         axes = [[axis.unsqueeze(dim) for axis in piece] for piece in axes]
-    counts = {len(piece) for piece in axes}
-    if max(counts) > 1 and len(counts) > 1:
-        # A parameter with several axes beside activations with one (a class token, say): only the axis that varies as
-        # theirs do can go along.
-        wanted = next((varying(piece[0]) for piece in axes if len(piece) == 1), ())
-        for index, piece in enumerate(axes):
-            if len(piece) > 1:
-                piece = tracer.finest(piece, wanted)
-                inside = [axis for axis in piece if set(varying(axis)) & set(wanted)]
-                match = [axis for axis in piece if varying(axis) == wanted][:1] or inside[:1] or piece[:1]
-                for axis in piece:
-                    if axis is not match[0]:
-                        tracer.couplings.freeze(axis, "joined with a tensor that has no such channels")
-                axes[index] = match
-    moved = []
-    for slot in range(max(len(piece) for piece in axes)):
-        blank = torch.zeros((1,) * op.out.dim(), dtype=torch.long)
-        parts = [piece[slot] if len(piece) > slot else blank for piece in axes]
-        sizes = [1 if op.name == "stack" else piece.shape[dim] for piece in pieces]
-        other = [max(part.shape[d] for part in parts) for d in range(op.out.dim())]
-        full = [
-            part.expand([size if d == dim else other[d] for d in range(op.out.dim())])
-            for part, size in zip(parts, sizes, strict=True)
+    # What varies along the joined dimension and along positions has several origins; channels are what counts here.
+    axes = [
+        [
+            tracer.couplings.canonical(axis) if dim in varying(axis) and len(varying(axis)) > 1 else axis
+            for axis in piece
         ]
-        whole = torch.cat(full, dim)
-        if any(size > 1 for d, size in enumerate(other) if d != dim):
-            # In every other dimension the pieces must stay equally wide.
-            tracer.couplings.tie(whole, whole.narrow(dim, 0, 1), "joined with a tensor that has no such channels")
-        moved.append(compress(whole))
+        for piece in axes
+    ]
+    directions = list(dict.fromkeys(varying(axis) for piece in axes for axis in piece))
+    for along in directions:
+        axes = [tracer.finest(piece, along) for piece in axes]
+    moved = []
+    while any(axes):
+        along = max((varying(axis) for piece in axes for axis in piece), key=len)
+        parts = []
+        for index, piece in enumerate(axes):
+            fitting = [axis for axis in piece if set(varying(axis)) <= set(along)]
+            fitting.sort(key=lambda axis: len(varying(axis)), reverse=True)
+            parts.append(fitting[0] if fitting else torch.zeros((1,) * op.out.dim(), dtype=torch.long))
+            axes[index] = [axis for axis in piece if not fitting or axis is not fitting[0]]
+        moved.append(_side_by_side(tracer, op, pieces, parts, dim))
     tracer.put(op.out, moved)
+
+
+def _side_by_side(
+    tracer: "ChannelTracer", op: Operation, pieces: list[Tensor], parts: list[Tensor], dim: int
+) -> Tensor:
+    """One axis of a joined tensor, of one axis of each piece."""
+    sizes = [1 if op.name == "stack" else piece.shape[dim] for piece in pieces]
+    other = [max(part.shape[d] for part in parts) for d in range(op.out.dim())]
+    full = [
+        part.expand([size if d == dim else other[d] for d in range(op.out.dim())])
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    whole = torch.cat(full, dim)
+    if any(size > 1 for d, size in enumerate(other) if d != dim):
+        # In every other dimension the pieces must stay equally wide.
+        tracer.couplings.join(whole, dim, "joined with a tensor that has no such channels")
+    return compress(whole)
 
 
 @rule("constant_pad_nd")
