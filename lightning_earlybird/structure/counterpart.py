@@ -28,7 +28,7 @@ class NumberRecord(TorchDispatchMode):
 
     Attributes:
         numbers: Call -> its numbers.
-        from_data: Whether the network has read a number out of a tensor: those are not a matter of widths.
+        from_data: Whether the network has read a real number out of a tensor: those are not a matter of widths.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class NumberRecord(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2]
         call = (name, self._calls[name])
         self._calls[name] += 1
-        self.from_data |= name == "_local_scalar_dense"
+        self.from_data |= name == "_local_scalar_dense" and args[0].is_floating_point()
         if torch.Tag.pointwise in func.tags:
             found = numbers_in(args, kwargs)
             if found:
