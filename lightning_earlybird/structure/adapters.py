@@ -142,8 +142,9 @@ def _couple_multihead_attention(tracer: "ChannelTracer", name: str, module: Any)
     else:
         inputs = tracer.dimensions.get((f"{prefix}q_proj_weight", 1))
         inner = [tracer.dimensions[key] for key in [(f"{prefix}q_proj_weight", 0)] if key in tracer.dimensions]
-    for labels in inner if inputs is not None else []:
-        tracer.couplings.tie(inputs, labels, "as wide as another tensor")
+    for labels in inner:
+        if inputs is not None:
+            tracer.couplings.tie(inputs, labels, "as wide as another tensor")
 
 
 def _own_conv(new: Any, dense: Any, width: int | None) -> Attributes:
@@ -171,6 +172,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     "GroupNorm": Adapter(("num_channels", "num_groups"), _group_norm, input_dim=1),
     "_NormBase": Adapter(("num_features",), _batch_norm, input_dim=1),
     "LayerNorm": Adapter(("normalized_shape",), _layer_norm, input_dim=-1),
+    "RMSNorm": Adapter(("normalized_shape",), _layer_norm, input_dim=-1),
     "Downsample2D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
     "Upsample2D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
     "Downsample1D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
@@ -206,8 +208,12 @@ def repair_attributes(new: nn.Module, dense: nn.Module, width_of: Callable[[str]
         if adapter is None:
             continue
         width = width_of(name) if adapter.input_dim is not None else None
-        for attribute, value in adapter.repair(module, dense_module, width).items():
-            # Somebody else's class of the same name may lack some of the attributes, or mean something else by them.
+        # Somebody else's class of the same name may lack some of the attributes, or mean something else by them.
+        try:
+            values = adapter.repair(module, dense_module, width)
+        except AttributeError:
+            continue
+        for attribute, value in values.items():
             if isinstance(getattr(dense_module, attribute, None), int | tuple):
                 setattr(module, attribute, value)
 

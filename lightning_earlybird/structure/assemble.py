@@ -27,6 +27,9 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
     produced, frozen = torch.zeros_like(products), torch.zeros_like(products)
     produced[components[products]] = True
     frozen[list(reasons)] = True
+    for component in _all_in_one(tracer, components, produced & ~frozen).tolist():
+        frozen[component] = True
+        reasons[component] = "all channels of a layer depend on each other"
 
     members = _by_place(list(tracer.dimensions.values()), components, produced & ~frozen)
     channel = torch.full((couplings.count,), -1, dtype=torch.long)  # component -> channel id
@@ -57,6 +60,17 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
         ),
         fixed_numbers=frozenset(call for attention in tracer.attentions for call in attention.scalars),
     )
+
+
+def _all_in_one(tracer: ChannelTracer, components: Tensor, usable: Tensor) -> Tensor:
+    """Components that hold every slice along some dimension: to remove them would cut the network in two."""
+    found = [components[labels[:1]] for labels in tracer.dimensions.values() if _is_one(components[labels])]
+    whole = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    return whole[usable[whole]].unique()
+
+
+def _is_one(components: Tensor) -> bool:
+    return len(components) > 1 and bool((components == components[0]).all())
 
 
 def _by_place(dimensions: Sequence[Tensor], components: Tensor, usable: Tensor) -> dict[tuple[int, ...], list[int]]:

@@ -218,9 +218,9 @@ class ChannelTracer(TorchDispatchMode):
         inputs = operation.tensors()
         if inputs and all(self.is_parametric(tensor) for tensor in inputs):
             for result in operation.outputs():
-                known = self._labelled(result)
-                known.parametric = True
-                known.plain = name in MOVEMENTS and self.is_parameter(inputs[0])
+                labelled = self._labelled(result)
+                labelled.parametric = True
+                labelled.plain = name in MOVEMENTS and self.is_parameter(inputs[0])
         scalars = self._follow_scalars(operation, inputs)
         if any(self.axes(tensor) for tensor in inputs):
             self._apply(operation)
@@ -250,10 +250,9 @@ class ChannelTracer(TorchDispatchMode):
         gained = any(known.plain and known.axes for known in operands)
         normalised = normalises or (any(known.normalised for known in operands) and not gained)
         if scalars or statistic or normalised:
-            for result in operation.outputs():
-                known = self._labelled(result)
-                known.scalars = frozenset() if normalises else scalars
-                known.statistic, known.normalised = statistic and not normalises, normalised
+            for labelled in map(self._labelled, operation.outputs()):
+                labelled.scalars = frozenset() if normalises else scalars
+                labelled.statistic, labelled.normalised = statistic and not normalises, normalised
         return scalars
 
     def _apply(self, operation: Operation) -> None:

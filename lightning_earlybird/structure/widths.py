@@ -1,7 +1,7 @@
 """Widths that a network reads off one tensor and gives to another.
 
-``b, n, c = x.shape; h.reshape(b, n, c)`` makes the channels of ``h`` as many as those of ``x``. Operations on tensors see
-plain integers there. So while a network is traced, the sizes that it asks for remember whose channels they count.
+``b, n, c = x.shape; h.reshape(b, n, c)`` makes the channels of ``h`` as many as those of ``x``. Operations on tensors
+see plain integers there. So while a network is traced, the sizes that it asks for remember whose channels they count.
 """
 
 from typing import Any, SupportsIndex

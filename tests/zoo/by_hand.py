@@ -116,7 +116,7 @@ class MeanSquareNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(dim=1, keepdim=True) + 1e-6) * self.g
 
 
-class ChannelNorm(nn.Module):
+class LayerNorm(nn.Module):
     """Layer norm over the channels of an image, with mean and variance written out."""
 
     def __init__(self, dim: int) -> None:
@@ -327,7 +327,7 @@ BY_HAND = {
     "ViT blocks": lambda: _images(Patches(TimmBlock)),
     "einops U-Net": lambda: _images(EinopsUNet()),
     "einops U-Net, mean square": lambda: _images(EinopsUNet(norm=MeanSquareNorm)),
-    "einops U-Net, layer norm": lambda: _images(EinopsUNet(norm=ChannelNorm)),
+    "einops U-Net, layer norm": lambda: _images(EinopsUNet(norm=LayerNorm)),
     "functional layers": lambda: _images(Functional()),
     "token transformer": lambda: _images(TokenTransformer()),
 }

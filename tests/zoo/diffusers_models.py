@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from diffusers import (
     DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet1DModel,
     UNet2DConditionModel,
-    UNet2DModel,
+    WanTransformer3DModel,
 )
 from models import Denoiser, tiny_unet
 
@@ -136,6 +138,53 @@ def pixart_sigma() -> Denoiser:
     return found
 
 
+def flux() -> Denoiser:
+    """Flux: two streams, then one; rotary positions."""
+    network = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    kwargs = {
+        "hidden_states": torch.randn(2, 6, 4),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "pooled_projections": torch.randn(2, 10),
+        "timestep": torch.tensor([0.1, 0.9]),
+        "img_ids": torch.rand(6, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    return Denoiser(network, (), kwargs)
+
+
+def wan() -> Denoiser:
+    """Wan: video, rotary positions, queries normalised across heads."""
+    network = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=16,
+    )  # fmt: skip
+    kwargs = {
+        "hidden_states": torch.randn(2, 4, 2, 4, 4),
+        "timestep": torch.tensor(TIMES),
+        "encoder_hidden_states": torch.randn(2, 5, 10),
+    }
+    return Denoiser(network, (), kwargs)
+
+
+def lumina() -> Denoiser:
+    """Lumina 2: grouped queries, rotary positions."""
+    network = Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(16, 16, 16),
+        cap_feat_dim=10,
+    )  # fmt: skip
+    kwargs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([0.1, 0.9]),
+        "encoder_hidden_states": torch.randn(2, 5, 10),
+        "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool),
+    }
+    return Denoiser(network, (), kwargs)
+
+
 def unet_1d() -> Denoiser:
     """Dance Diffusion's U-Net for sound: Fourier time embedding as extra input channels, self-attention."""
     network = UNet1DModel(
@@ -184,6 +233,9 @@ DIFFUSERS = {
     "SD3.5, dual attention": lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0,)),
     "PixArt-alpha": lambda: pixart(use_additional_conditions=True),
     "PixArt-sigma": pixart_sigma,
+    "Flux": flux,
+    "Wan": wan,
+    "Lumina 2": lumina,
     "UNet1D": unet_1d,
     "UNet1D, trajectories": unet_1d_rl,
 }

@@ -41,8 +41,8 @@ def meet(tracer: "ChannelTracer", operands: Sequence[Tensor], rank: int) -> list
     for operand in operands:
         axes = [align(axis, rank) for axis in tracer.axes(operand)]
         own.append([varying(axis) for axis in axes])
-        for dims in spread:
-            axes = tracer.finest(axes, dims)
+        for others in spread:
+            axes = tracer.finest(axes, others)
         for axis in axes:
             met = [index for index, other in enumerate(merged) if set(varying(axis)) & set(varying(other))]
             for index in met:

@@ -8,18 +8,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_earlybird.structure.labels import align, compress, reshape_axis, varying
-from lightning_earlybird.structure.rules.registry import Operation, freeze_all, rule
+from lightning_earlybird.structure.rules.registry import RULES, Operation, freeze_all, rule
 
 if TYPE_CHECKING:
     from lightning_earlybird.structure.tracer import ChannelTracer
-
-# What shows the elements of one tensor in other places.
-MOVEMENTS = frozenset(
-    ["clone", "detach", "alias", "contiguous", "_to_copy", "to", "view", "_unsafe_view", "reshape", "_reshape_alias"]
-    + ["squeeze", "unsqueeze", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "movedim", "swapaxes"]
-    + ["expand", "expand_as", "broadcast_to", "slice", "narrow", "select", "split", "split_with_sizes", "chunk"]
-    + ["unbind", "cat", "stack", "repeat", "constant_pad_nd", "dropout", "native_dropout"]
-)
 
 
 @rule("clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "positive", "_conj")
@@ -140,10 +132,10 @@ def pad(tracer: "ChannelTracer", op: Operation) -> None:
     tracer.put(op.out, moved)
 
 
-@rule("index_put")
+@rule("index_put", "copy")
 def write(tracer: "ChannelTracer", op: Operation) -> None:
-    """Values are written to places that are computed: whatever channels they carry stay."""
-    freeze_all(tracer, op, "written to computed places")
+    """Values are written into another tensor, which may be part of a third: whatever channels they carry stay."""
+    freeze_all(tracer, op, f"written into another tensor by {op.name}")
 
 
 @rule("repeat", "index", "index_select", "roll", "flip", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
@@ -177,3 +169,11 @@ def spatial(tracer: "ChannelTracer", op: Operation) -> None:
     result = op.out[0] if isinstance(op.out, tuple) else op.out
     tracer.freeze_others(op.args[0], (0, 1), f"{op.name} across channels")
     tracer.put(result, tracer.along(op.args[0], keep=(0, 1)))
+
+
+# What shows the elements of one tensor in other places.
+MOVEMENTS = frozenset(
+    name
+    for name, function in RULES.items()
+    if function in (same, reshape, permute, expand, take, concatenate, pad) or name == "repeat"
+)
