@@ -1,0 +1,21 @@
+"""Whether a ticket computes what its zeroed dense network does, for one given mask."""
+
+import torch
+from models import Denoiser
+
+from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.structure import ChannelPlan, extract
+from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord
+from lightning_earlybird.structure.reference import ChannelLocalNorms, randomised, zeroed
+
+
+def difference(given: Denoiser, plan: ChannelPlan, mask: TicketMask) -> float:
+    """Largest difference of the outputs relative to the largest output, with random weights."""
+    reference = randomised(given.network, torch.device("cpu"), torch.Generator().manual_seed(0)).eval()
+    record = NumberRecord()
+    with torch.no_grad(), ChannelLocalNorms():
+        with record:
+            actual = given(extract(reference, plan, mask))
+        with Counterpart(plan, mask, record.numbers):
+            expected = given(zeroed(reference, plan, mask))
+    return float((actual - expected).abs().max() / expected.abs().max())
