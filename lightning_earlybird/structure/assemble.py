@@ -65,8 +65,8 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
 def _all_in_one(tracer: ChannelTracer, components: Tensor, usable: Tensor) -> Tensor:
     """Components that hold every slice along some dimension: to remove them would cut the network in two."""
     found = [components[labels[:1]] for labels in tracer.dimensions.values() if _is_one(components[labels])]
-    whole = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
-    return torch.unique(whole[usable[whole]])
+    whole: Tensor = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    return whole[usable[whole]]
 
 
 def _is_one(components: Tensor) -> bool:

@@ -135,7 +135,7 @@ def pad(tracer: "ChannelTracer", op: Operation) -> None:
 @rule("index_put", "copy")
 def write(tracer: "ChannelTracer", op: Operation) -> None:
     """Values are written into another tensor, which may be part of a third: whatever channels they carry stay."""
-    freeze_all(tracer, op, f"written into another tensor by {op.name}")
+    freeze_all(tracer, op, "written into another tensor")
 
 
 @rule("repeat", "index", "index_select", "roll", "flip", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
