@@ -20,7 +20,7 @@ def test_the_partition_is_that_of_torch_pruning_element_by_element(name: str) ->
     plan = trace_plan(given.network, given.args, given.kwargs)
 
     ours = partition_of_plan(given.network, plan)
-    theirs = partition_of_torch_pruning(given.network, inputs, last=given.network.conv_out)
+    theirs = partition_of_torch_pruning(given.network, inputs, given.network.conv_out)
 
     assert ours == theirs  # hence also what is in neither: the frozen channels
     assert len(ours) == plan.num_channels
@@ -41,7 +41,7 @@ def test_a_network_that_torch_pruning_gets_wrong_is_traced_all_the_same() -> Non
         return {indices for indices in found if indices}
 
     assert rows(ours) == {(i, i + 16) for i in range(16)}
-    assert rows(partition_of_torch_pruning(network, given.args, last=network.conv_out)) != rows(ours)
+    assert rows(partition_of_torch_pruning(network, given.args, network.conv_out)) != rows(ours)
 
 
 def test_groups_are_named_after_the_layer_that_produces_them_and_ordered_as_in_the_network() -> None:

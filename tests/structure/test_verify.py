@@ -132,13 +132,20 @@ def test_a_width_written_into_the_code_freezes_its_group() -> None:
     assert names(verified.plan) == {"b"}
 
 
-def test_a_scale_computed_from_the_width_freezes_queries_and_keys() -> None:
+@pytest.mark.parametrize("scale", ["fixed", "width"])
+def test_attention_scales_by_what_it_did_however_the_factor_comes_about(scale: str) -> None:
     given = denoiser("hand-written")
-    network = PlainUNet(scale="width").eval()
+    network = PlainUNet(scale=scale).eval()
+    plan = trace_plan(network, given.args)
 
-    verified = verify_plan(network, trace_plan(network, given.args), given.args)
-
-    assert set(verified.failed) == {"attention.q"}
+    assert [each.tensor for each in plan.query_scales] == (
+        ["attention.q.weight", "attention.q.bias"] if scale == "width" else []
+    )
+    assert verify_plan(network, plan, given.args).failed == {}
+    # Neither of the two answers fits the other network.
+    other = trace_plan(PlainUNet(scale="fixed" if scale == "width" else "width").eval(), given.args)
+    wrong = replace(plan, query_scales=other.query_scales)
+    assert set(verify_plan(network, wrong, given.args).failed) == {"attention.q"}
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -11,7 +11,12 @@ from zoo.by_hand import BY_HAND
 from zoo.diffusers_models import DIFFUSERS
 from zoo.edm import EDM
 
-ZOO: dict[str, Callable[[], Denoiser]] = {**DIFFUSERS, **EDM, **BY_HAND}
+SECTIONS: dict[str, dict[str, Callable[[], Denoiser]]] = {
+    "Models of diffusers": DIFFUSERS,
+    "In the styles of ADM, EDM and EDM2": EDM,
+    "Written by hand": BY_HAND,
+}
+ZOO = {name: build for networks in SECTIONS.values() for name, build in networks.items()}
 
 
 def member(name: str, seed: int = 0) -> Denoiser:
