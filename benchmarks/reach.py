@@ -10,11 +10,11 @@ machine, so that it can be checked.
 import argparse
 import difflib
 import inspect
-import logging
 import math
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -132,16 +132,15 @@ def document() -> str:
     return "\n".join(parts)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the document, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail with a diff where the file is not up to date")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-
-    text = document()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = document()
     if not options.check:
         DOCUMENT.write_text(text, encoding="utf-8")
         return 0

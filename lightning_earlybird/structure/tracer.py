@@ -120,6 +120,10 @@ class ChannelTracer(TorchDispatchMode):
                 result.append(axis)
         return result
 
+    def pick(self, channel: Tensor, among: Tensor) -> None:
+        """One channel is taken out by its position; that matters as soon as it is used."""
+        self._picked[int(channel.reshape(-1)[0])] = among
+
     def freeze_others(self, tensor: Tensor, dims: Iterable[int], reason: str) -> None:
         """Freeze the axes that vary, but along none of ``dims``: what follows does not know them."""
         for axis in self.axes(tensor):
@@ -202,7 +206,8 @@ class ChannelTracer(TorchDispatchMode):
         try:
             yield
         finally:
-            self._aside = False
+            self._picked: dict[int, Tensor] = {}  # label of a channel that was picked -> labels among which it was
+        self._aside = False
 
     # --- the mode
 
@@ -260,7 +265,9 @@ class ChannelTracer(TorchDispatchMode):
             if any(not varying(axis) for axis in self.axes(tensor)):
                 for axis in self.axes(tensor):
                     if not varying(axis):
-                        self.couplings.freeze(axis, "one channel is picked by its position")
+                        # Its position must not change, so none of its neighbours can go.
+                        beside = self._picked.get(int(axis.reshape(-1)[0]), axis)
+                        self.couplings.freeze(beside, "one channel is picked by its position")
                 self.put(tensor, [axis for axis in self.axes(tensor) if varying(axis)])
         applicable = find_rule(operation)
         if applicable is None:

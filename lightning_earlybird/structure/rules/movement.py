@@ -63,6 +63,9 @@ def take(tracer: "ChannelTracer", op: Operation) -> None:
         else:
             called = op.func(axis, *op.args[1:], **op.kwargs)
             parts = [compress(part) for part in (called if isinstance(called, list | tuple) else [called])]
+            for part in parts:
+                if not varying(part):
+                    tracer.pick(part, axis)
         for target, part in zip(moved, parts, strict=True):
             target.append(part)
     for result, axes in zip(results, moved, strict=True):
