@@ -64,6 +64,7 @@ class ChannelTracer(TorchDispatchMode):
         self.numbers: dict[Call, tuple[float, ...]] = {}  # the plain numbers in element-wise operations
         self.unknown: dict[str, int] = {}
         self._calls: Counter[str] = Counter()
+        self._picked: dict[int, Tensor] = {}  # label of a channel that was picked -> labels among which it was
         self._aside = False
         self._known: Any = WeakTensorKeyDictionary()
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
@@ -206,8 +207,7 @@ class ChannelTracer(TorchDispatchMode):
         try:
             yield
         finally:
-            self._picked: dict[int, Tensor] = {}  # label of a channel that was picked -> labels among which it was
-        self._aside = False
+            self._aside = False
 
     # --- the mode
 
