@@ -102,7 +102,9 @@ def torch_pruning_says(name: str, plan: ChannelPlan) -> str:
     except Exception as error:  # whatever it stumbles over
         return f"fails: {type(error).__name__}"
     ours = partition_of_plan(given.network, plan)
-    return "agrees" if ours == theirs else f"differs in {len(ours - theirs)} of {len(ours)} channels"
+    if ours <= theirs:
+        return "agrees" if ours == theirs else f"agrees, and prunes {len(theirs - ours)} of what stays"
+    return f"differs in {len(ours - theirs)} of {len(ours)} channels"
 
 
 def row(name: str) -> str:

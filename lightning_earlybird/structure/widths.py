@@ -100,7 +100,8 @@ class WidthWatch(TorchFunctionMode):
         return Shape(widths)
 
     def _width(self, axes: list[Tensor], dim: int, size: int) -> int:
-        along = [self._tracer.couplings.canonical(axis) for axis in axes if dim in varying(axis)]
+        along = [axis for axis in axes if dim in varying(axis)]
+        along = [axis if len(varying(axis)) == 1 else self._tracer.couplings.canonical(axis) for axis in along]
         along = [axis for axis in along if varying(axis) == (dim,)]
         return Width.of(along[0].reshape(-1)) if len(along) == 1 else size
 

@@ -3,6 +3,7 @@ import torch
 from models import DENOISERS, PlainUNet, denoiser, tiny_unet
 from oracle import partition_of_plan, partition_of_torch_pruning
 from torch import Tensor, nn
+from zoo import member
 
 from lightning_earlybird.structure import ChannelPlan, StructureError, trace_plan
 
@@ -26,6 +27,18 @@ def test_the_partition_is_that_of_torch_pruning_element_by_element(name: str) ->
     assert len(ours) == plan.num_channels
     assert [(entry.name, entry.size) for entry in plan.frozen] == [("conv_out", 3)]
     assert plan.unknown_operations == {}
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
+@pytest.mark.parametrize("name", ["UNet2D, resnet resampling only", "UNet2D, Fourier time", "UNet1D"])
+def test_the_partition_is_that_of_torch_pruning_where_it_traces(name: str) -> None:
+    given = member(name)
+    plan = trace_plan(given.network, given.args)
+    last = [given.network.get_submodule(entry.name) for entry in plan.frozen]
+
+    theirs = partition_of_torch_pruning(given.network, given.args, *last)
+
+    assert partition_of_plan(given.network, plan) == theirs
 
 
 def test_a_network_that_torch_pruning_gets_wrong_is_traced_all_the_same() -> None:
