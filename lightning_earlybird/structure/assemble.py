@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_earlybird.structure.attention import TracedAttention
 from lightning_earlybird.structure.labels import varying
 from lightning_earlybird.structure.plan import (
     ChannelGroup,
@@ -13,7 +14,7 @@ from lightning_earlybird.structure.plan import (
     FrozenChannels,
     QueryScale,
 )
-from lightning_earlybird.structure.tracer import ChannelTracer, TracedAttention
+from lightning_earlybird.structure.tracer import ChannelTracer
 
 Place = tuple[str, int]  # (tensor name, dimension)
 

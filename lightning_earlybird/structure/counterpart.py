@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.structure.attention import numbers_in
 from lightning_earlybird.structure.plan import ChannelPlan
 from lightning_earlybird.structure.rules import Call
-from lightning_earlybird.structure.tracer import numbers_in
 
 Numbers = Mapping[Call, tuple[float, ...]]
 

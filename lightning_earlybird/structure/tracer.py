@@ -9,28 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_earlybird.structure.attention import TracedAttention, numbers_in, query_rows
 from lightning_earlybird.structure.labels import Couplings, varying
 from lightning_earlybird.structure.rules import CONTRACTIONS, MOVEMENTS, Call, Operation, find_rule, freeze_all
-
-
-@dataclass(eq=False)
-class TracedAttention:
-    """One attention that the trace has seen.
-
-    Attributes:
-        labels: The channels that queries and keys were contracted over.
-        rows: Labels of the query, (heads, width); several where several layers make queries for different positions.
-        scalars: The calls that scaled queries, keys or scores by a number.
-        by_width: Whether the kernel divides by the square root of the width; None: it is for the scalars to tell.
-    """
-
-    labels: Tensor
-    rows: list[Tensor]
-    scalars: set[Call] = field(default_factory=set)
-    by_width: bool | None = None
 
 
 @dataclass
@@ -155,7 +138,7 @@ class ChannelTracer(TorchDispatchMode):
             query: The labels of the query, (..., width).
             operands: Queries and keys.
         """
-        attention = TracedAttention(labels, _query_rows(query))
+        attention = TracedAttention(labels, query_rows(query))
         self._labelled(tensor).scores = attention
         if not self._labelled(operands[0]).normalised:  # otherwise its factor is the ticket's own
             for operand in operands:
@@ -181,7 +164,7 @@ class ChannelTracer(TorchDispatchMode):
         """An attention in one operation, of a query (B, heads, N, width)."""
         for axis in self.axes(query):
             if query.dim() - 1 in varying(axis):
-                attention = TracedAttention(axis.reshape(-1), _query_rows(axis))
+                attention = TracedAttention(axis.reshape(-1), query_rows(axis))
                 if op.kwargs.get("scale") is None:
                     attention.by_width = True
                 else:
@@ -281,16 +264,3 @@ class ChannelTracer(TorchDispatchMode):
         if known is None:
             known = self._known[tensor] = _Labelled()
         return known
-
-
-def numbers_in(args: Any, kwargs: Any) -> tuple[float, ...]:
-    """The plain numbers among the arguments of an operation, in order."""
-    leaves = tree_flatten((args, kwargs))[0]
-    return tuple(leaf for leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool))
-
-
-def _query_rows(query: Tensor) -> list[Tensor]:
-    """The distinct rows of a query's labels, (..., width) -> (rows, width); columns without a channel are dropped."""
-    rows = query.reshape(-1, query.shape[-1])
-    rows = rows[:, (rows != 0).any(dim=0)]
-    return list(rows.unique(dim=0))

@@ -1,6 +1,7 @@
 """Verification: a plan is trusted only after an extracted network has computed what the dense one computes.
 
-The dense network computes it with the same channels set to zero.
+The dense network computes it with the same channels set to zero, and with its statistics over the channels that stay
+(see ``counterpart``).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
