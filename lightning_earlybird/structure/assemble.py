@@ -59,7 +59,7 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
         statistics=tuple(
             ChannelStatistic(call, dim, ids_of(axis)) for call, dim, axis in tracer.statistics if varying(axis)
         ),
-        fixed_numbers=frozenset(call for attention in tracer.attentions for call in attention.scalars),
+        own_numbers=frozenset(tracer.own_numbers).difference(*(each.scalars for each in tracer.attentions)),
     )
 
 

@@ -58,8 +58,7 @@ class Counterpart(TorchDispatchMode):
     Args:
         plan: The channel plan.
         mask: The ticket's mask.
-        numbers: The ticket's numbers. Those that scale attention scores are the dense network's: tickets rescale their
-            queries instead.
+        numbers: The ticket's numbers; only the plan's ``own_numbers`` are used.
     """
 
     def __init__(self, plan: ChannelPlan, mask: TicketMask, numbers: Numbers) -> None:
@@ -70,7 +69,7 @@ class Counterpart(TorchDispatchMode):
             stays = (statistic.ids < 0) | kept[statistic.ids.clamp_min(0)]
             if not bool(stays.all()):
                 self._statistics.setdefault(statistic.call, []).append((statistic.dim, stays))
-        self._numbers = {call: found for call, found in numbers.items() if call not in plan.fixed_numbers}
+        self._numbers = {call: found for call, found in numbers.items() if call in plan.own_numbers}
         self._calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -90,8 +90,9 @@ class ChannelPlan:
             frozen).
         query_scales: Where a narrower attention head needs its query rescaled to compute the same scores.
         statistics: Where the network reduces over channels.
-        fixed_numbers: Calls that scale attention scores by a number, which is the dense network's in tickets as well
-            (where it depends on the width, queries are rescaled).
+        own_numbers: Calls whose numbers are a ticket's own, as it computes them from its widths: in norms that are
+            written out, and where pieces are weighed before they are joined. Everywhere else a number that depends on
+            widths makes verification fail.
     """
 
     ids: Mapping[str, Mapping[int, Tensor]]
@@ -101,7 +102,7 @@ class ChannelPlan:
     unknown_operations: Mapping[str, int] = field(default_factory=dict)
     query_scales: tuple[QueryScale, ...] = ()
     statistics: tuple[ChannelStatistic, ...] = ()
-    fixed_numbers: frozenset[tuple[str, int]] = frozenset()
+    own_numbers: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def num_channels(self) -> int:

@@ -27,6 +27,7 @@ class _Labelled:
     scalars: frozenset[Call] = frozenset()  # calls that have scaled it by a number since it left its layer
     statistic: bool = False  # a statistic over channels
     normalised: bool = False  # divided by one, without a gain since: how its layer scales it does not matter
+    unit: bool = False  # divided by one, and scaled at most by parameters and numbers since
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -45,6 +46,7 @@ class ChannelTracer(TorchDispatchMode):
         self.attentions: list[TracedAttention] = []
         self.statistics: list[tuple[Call, int, Tensor]] = []  # call, reduced dimension, axis along it
         self.numbers: dict[Call, tuple[float, ...]] = {}  # the plain numbers in element-wise operations
+        self.own_numbers: set[Call] = set()  # calls whose numbers a ticket computes from its own widths
         self.unknown: dict[str, int] = {}
         self._calls: Counter[str] = Counter()
         self._picked: dict[int, Tensor] = {}  # label of a channel that was picked -> labels among which it was
@@ -103,6 +105,12 @@ class ChannelTracer(TorchDispatchMode):
             else:
                 result.append(axis)
         return result
+
+    def weigh(self, piece: Tensor) -> None:
+        """A piece of a concatenation; the numbers that scaled it may weigh it by its width against the others."""
+        known = self._known.get(piece)
+        if known is not None:
+            self.own_numbers |= known.scalars
 
     def pick(self, channel: Tensor, among: Tensor) -> None:
         """One channel is taken out by its position; that matters as soon as it is used."""
@@ -237,10 +245,18 @@ class ChannelTracer(TorchDispatchMode):
         normalises = statistic and any(known.axes and not known.statistic for known in operands)
         gained = any(known.plain and known.axes for known in operands)
         normalised = normalises or (any(known.normalised for known in operands) and not gained)
-        if scalars or statistic or normalised:
+        unit = normalises or (
+            any(known.unit for known in operands) and all(known.unit or known.parametric for known in operands)
+        )
+        if numbers and (statistic or unit):
+            self.own_numbers.add(operation.call)  # the factor of a norm, so that its result does not depend on widths
+        for known in operands if unit else ():
+            self.own_numbers |= known.scalars if known.parametric else frozenset()  # a gain with that factor in it
+        if scalars or statistic or unit:
             for labelled in map(self._labelled, operation.outputs()):
                 labelled.scalars = frozenset() if normalises else scalars
                 labelled.statistic, labelled.normalised = statistic and not normalises, normalised
+                labelled.unit = unit
         return scalars
 
     def _apply(self, operation: Operation) -> None:

@@ -69,16 +69,16 @@ def test_only_the_call_that_was_traced_is_replaced() -> None:
         assert [x.mean(1).item(), x.mean(1).item()] == [2.0, 1.0]
 
 
-def test_numbers_come_from_the_ticket_unless_they_scale_attention() -> None:
+def test_numbers_come_from_the_ticket_where_the_plan_says_so() -> None:
     plan, mask = one_group()
     x = torch.ones(1)
     with NumberRecord() as record:
         x * 3.0 / 5.0
 
     with Counterpart(plan, mask, record.numbers):
-        assert float(x * 2.0 / 2.0) == pytest.approx(3.0 / 5.0)
-    with Counterpart(replace(plan, fixed_numbers=frozenset([("mul", 0)])), mask, record.numbers):
-        assert float(x * 2.0 / 2.0) == pytest.approx(2.0 / 5.0)
+        assert float(x * 2.0 / 2.0) == 1.0
+    with Counterpart(replace(plan, own_numbers=frozenset([("mul", 0)])), mask, record.numbers):
+        assert float(x * 2.0 / 2.0) == 1.5
 
 
 def test_a_number_read_out_of_activations_is_told_from_one_read_out_of_labels() -> None:

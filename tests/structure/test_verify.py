@@ -122,6 +122,13 @@ def test_a_zero_output_layer_hides_nothing() -> None:
     assert set(verify_plan(given.network, wrong, given.args).failed) == {"up1.conv1"}
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_factor_computed_from_the_width_freezes_its_group_outside_norms(power: float) -> None:
+    network = TwoLayers(lambda net, h: h / h.shape[1] ** power)
+
+    assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == {"a"}
+
+
 def test_a_width_written_into_the_code_freezes_its_group() -> None:
     network = TwoLayers(lambda net, h: h.view(2, 8, 8, 8))
 

@@ -43,6 +43,7 @@ def contract(
     for operand, dim in operands:
         if any(dim in varying(axis) and len(varying(axis)) > 1 for axis in tracer.axes(operand)):
             tracer.put(operand, [tracer.couplings.canonical(axis) for axis in tracer.axes(operand)])
+    query = next((axis.movedim(over[0], -1) for axis in tracer.axes(first) if over[0] in varying(axis)), None)
     sides = [tracer.along(operand, keep=(*batch, dim), must=dim) for operand, dim in operands]
     flat = [[_as_batch_and(axis, batch, dim) for axis in side] for side, dim in zip(sides, over, strict=True)]
     if sides[0] and sides[1]:
@@ -51,7 +52,7 @@ def contract(
                 tracer.couplings.tie(left, right, "contracted with a tensor without channels")
         activations = not tracer.is_parametric(first) and not tracer.is_parametric(second)
         if activations and tracer.scores_of(first) is None and tracer.scores_of(second) is None:
-            tracer.record_scores(out, _distinct(flat[0][0]), flat[0][0], (first, second))
+            tracer.record_scores(out, _distinct(flat[0][0]), flat[0][0] if query is None else query, (first, second))
     else:
         for axis in (*sides[0], *sides[1]):
             tracer.couplings.freeze(axis, "contracted with a tensor that carries no channels")

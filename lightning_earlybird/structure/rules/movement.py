@@ -88,6 +88,9 @@ def concatenate(tracer: "ChannelTracer", op: Operation) -> None:
         ]
         for piece in axes
     ]
+    if any(dim in varying(axis) for piece in axes for axis in piece):
+        for joined in pieces:
+            tracer.weigh(joined)
     directions = list(dict.fromkeys(varying(axis) for piece in axes for axis in piece))
     for along in directions:
         axes = [tracer.finest(piece, along) for piece in axes]
