@@ -194,11 +194,11 @@ class ChannelTracer(TorchDispatchMode):
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Arithmetic on labels between the network's operations, which is none of them."""
-        self._aside = True
+        before, self._aside = self._aside, True
         try:
             yield
         finally:
-            self._aside = False
+            self._aside = before
 
     # --- the mode
 

@@ -8,6 +8,7 @@ import torch
 from models import Denoiser
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import member
 
 from lightning_earlybird.masks import TicketMask
@@ -173,6 +174,28 @@ def test_widths_that_pass_through_python_couple_layers_at_the_trace() -> None:
 
     assert [group.size for group in plan.groups] == [8]
     assert verify_plan(network, plan, (tokens,)).failed == {}
+
+
+@pytest.mark.parametrize("name", ["UNet2D", "ViT blocks"])
+def test_plans_do_not_depend_on_the_kernel_that_computes_attention(name: str) -> None:
+    given = member(name)
+    plan = trace_plan(given.network, given.args, given.kwargs)
+    with sdpa_kernel(SDPBackend.MATH):
+        spelled_out = trace_plan(given.network, given.args, given.kwargs)
+
+    assert {group.name: group.size for group in spelled_out.groups} == {group.name: group.size for group in plan.groups}
+    assert {each.tensor for each in spelled_out.query_scales} == {each.tensor for each in plan.query_scales}
+    assert verify_plan(given.network, spelled_out, given.args, given.kwargs).failed == {}
+
+
+def test_numbers_and_statistics_are_counted_alike_whatever_the_tracer_does_in_between() -> None:
+    given = member("SD3.5, dual attention")
+    with sdpa_kernel(SDPBackend.MATH):
+        plan = trace_plan(given.network, given.args, given.kwargs)
+        verification = verify_plan(given.network, plan, given.args, given.kwargs)
+
+    assert plan.statistics
+    assert verification.failed == {}
 
 
 def test_code_that_wants_plain_integers_is_traced_without_them() -> None:
