@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def benchmarks(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A file in ``benchmarks/``, imported as when it is run."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    together = ("structure", "memory", "targets")
+    together = ("structure", "memory", "targets", "reach")
     for each in together:
         monkeypatch.delitem(sys.modules, each, raising=False)
     yield importlib.import_module(name)
@@ -27,6 +27,11 @@ def benchmarks(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield from benchmarks("structure", monkeypatch)
+
+
+@pytest.fixture
+def reach(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from benchmarks("reach", monkeypatch)
 
 
 @pytest.fixture
@@ -117,3 +122,25 @@ def test_a_row_of_the_table_says_value_limit_and_verdict(benchmark: ModuleType) 
     assert benchmark.Claim("trace", 2.5, "s", 3).row(10).split() == ["trace", "2.5s", "3s", "ok"]
     assert benchmark.Claim("trace", 3.5, "s", 3).row(10).split() == ["trace", "3.5s", "3s", "MISSED"]
     assert benchmark.Claim("forward", 0.5, "s").row(10).split() == ["forward", "0.5s"]
+
+
+def test_the_reach_table_is_up_to_date(reach: ModuleType) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = reach.document()
+
+    assert text == reach.DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_a_stale_reach_table_is_refused_with_what_has_changed(
+    reach: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reach, "DOCUMENT", tmp_path / "reach.md")
+    monkeypatch.setattr(reach, "SECTIONS", {"Written by hand": ["plain U-Net"]})
+
+    assert reach.main([]) == 0
+    assert reach.main(["--check"]) == 0
+    written = reach.DOCUMENT.read_text(encoding="utf-8")
+    reach.DOCUMENT.write_text(written.replace("| 320 |", "| 319 |"), encoding="utf-8")
+    assert reach.main(["--check"]) == 1
+    assert "-| plain U-Net | 13 | 319 |" in capsys.readouterr().out

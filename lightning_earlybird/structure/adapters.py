@@ -6,7 +6,7 @@ further module, add an entry.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from lightning_earlybird.structure.norms import RaggedGroupNorm
 
 HEAD_COUNTS = ("heads", "num_heads", "n_heads", "nheads", "n_head", "num_attention_heads", "sliceable_head_dim")
 """What people call the number of attention heads, and what diffusers keeps beside it."""
+if TYPE_CHECKING:
+    from lightning_earlybird.structure.tracer import ChannelTracer
 
 AttributeValue = int | tuple[int, ...]
 Attributes = dict[str, AttributeValue]
@@ -28,11 +30,13 @@ class Adapter:
         repair: (module with its new tensors, dense original, new input width or None) -> values for some of ``names``.
         input_dim: Which dimension of the module's first input holds channels, for modules whose own tensors do not tell
             the width.
+        couples: (tracer, module's name, module) -> None: ties channels that the module's code wants equally many of.
     """
 
     names: tuple[str, ...]
     repair: Callable[[Any, Any, int | None], Attributes]
     input_dim: int | None = None
+    couples: Callable[["ChannelTracer", str, Any], None] | None = None
 
 
 def largest_divisor(width: int, at_most: int) -> int:
@@ -114,6 +118,59 @@ def _attention(new: Any, dense: Any, width: int | None) -> Attributes:
     return values
 
 
+def _diffusers_or_timm_attention(new: Any, dense: Any, width: int | None) -> Attributes:
+    packed = getattr(getattr(new, "qkv", None), "weight", None)
+    if packed is None:
+        return _attention(new, dense, width)
+    heads = getattr(new, "num_heads", 1)
+    return {"head_dim": packed.shape[0] // (3 * heads), "attn_dim": packed.shape[0] // 3}
+
+
+def _self_attention_1d(new: Any, dense: Any, width: int | None) -> Attributes:
+    return {"channels": new.value.weight.shape[0]}
+
+
+def _multihead_attention(new: Any, dense: Any, width: int | None) -> Attributes:
+    outer = new.out_proj.weight.shape[0]
+    values = {"embed_dim": outer, "head_dim": new.out_proj.weight.shape[1] // new.num_heads}
+    if new.in_proj_weight is not None:
+        return {**values, "kdim": outer, "vdim": outer}
+    return {**values, "kdim": new.k_proj_weight.shape[1], "vdim": new.v_proj_weight.shape[1]}
+
+
+def _couple_multihead_attention(tracer: "ChannelTracer", name: str, module: Any) -> None:
+    """Queries, keys and values are as wide as the module's input: its code says so."""
+    prefix = f"{name}." if name else ""
+    if module.in_proj_weight is not None:
+        inputs = tracer.dimensions.get((f"{prefix}in_proj_weight", 1))
+        packed = tracer.dimensions.get((f"{prefix}in_proj_weight", 0))
+        inner = list(packed.chunk(3)) if packed is not None else []
+    else:
+        inputs = tracer.dimensions.get((f"{prefix}q_proj_weight", 1))
+        inner = [tracer.dimensions[key] for key in [(f"{prefix}q_proj_weight", 0)] if key in tracer.dimensions]
+    for labels in inner:
+        if inputs is not None:
+            tracer.couplings.tie(inputs, labels, "as wide as another tensor")
+
+
+def _own_conv(new: Any, dense: Any, width: int | None) -> Attributes:
+    weight = new._parameters.get("weight")
+    if weight is not None and tuple(dense.weight.shape[:2]) == (dense.out_channels, dense.in_channels):
+        return {"in_channels": weight.shape[1], "out_channels": weight.shape[0]}
+    if weight is None and dense.in_channels == dense.out_channels and width:
+        return {"in_channels": width, "out_channels": width}
+    return {}
+
+
+# Somebody's own convolution, whatever it is called: a leaf that keeps its widths as nn.Conv2d does.
+OWN_CONV = Adapter(("in_channels", "out_channels"), _own_conv, input_dim=1)
+
+
+def _is_own_conv(module: nn.Module) -> bool:
+    widths = (vars(module).get("in_channels"), vars(module).get("out_channels"))
+    return all(type(width) is int for width in widths) and next(module.children(), None) is None
+
+
 ADAPTERS: Mapping[str, Adapter] = {
     "_ConvNd": Adapter(("in_channels", "out_channels", "groups"), _conv),
     "Linear": Adapter(("in_features", "out_features"), _linear),
@@ -121,15 +178,26 @@ ADAPTERS: Mapping[str, Adapter] = {
     "GroupNorm": Adapter(("num_channels", "num_groups", "group_sizes"), _group_norm, input_dim=1),
     "_NormBase": Adapter(("num_features",), _batch_norm, input_dim=1),
     "LayerNorm": Adapter(("normalized_shape",), _layer_norm, input_dim=-1),
+    "RMSNorm": Adapter(("normalized_shape",), _layer_norm, input_dim=-1),
     "Downsample2D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
     "Upsample2D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
-    "Attention": Adapter(("inner_dim", "inner_kv_dim", "query_dim", "cross_attention_dim", "out_dim"), _attention),
+    "Downsample1D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
+    "Upsample1D": Adapter(("channels", "out_channels"), _resample, input_dim=1),
+    "Attention": Adapter(
+        ("inner_dim", "inner_kv_dim", "query_dim", "cross_attention_dim", "out_dim", "head_dim", "attn_dim"),
+        _diffusers_or_timm_attention,
+    ),
+    "SelfAttention1d": Adapter(("channels",), _self_attention_1d),
+    "MultiheadAttention": Adapter(
+        ("embed_dim", "head_dim", "kdim", "vdim"), _multihead_attention, couples=_couple_multihead_attention
+    ),
 }
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of the module's type or of its nearest base class that has one."""
-    return next((ADAPTERS[base.__name__] for base in type(module).__mro__ if base.__name__ in ADAPTERS), None)
+    known = next((ADAPTERS[base.__name__] for base in type(module).__mro__ if base.__name__ in ADAPTERS), None)
+    return OWN_CONV if known is None and _is_own_conv(module) else known
 
 
 def head_counts(module: nn.Module) -> dict[str, int]:
@@ -158,8 +226,12 @@ def repair_attributes(new: nn.Module, dense: nn.Module, width_of: Callable[[str]
         if adapter is None:
             continue
         width = width_of(name) if adapter.input_dim is not None else None
-        for attribute, value in adapter.repair(module, dense_module, width).items():
-            # Somebody else's class of the same name may lack some of the attributes, or mean something else by them.
+        # Somebody else's class of the same name may lack some of the attributes, or mean something else by them.
+        try:
+            values = adapter.repair(module, dense_module, width)
+        except AttributeError:
+            continue
+        for attribute, value in values.items():
             if isinstance(getattr(dense_module, attribute, None), int | tuple):
                 setattr(module, attribute, value)
 

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, QueryScale
+from lightning_earlybird.structure.attention import TracedAttention
+from lightning_earlybird.structure.labels import varying
+from lightning_earlybird.structure.plan import (
+    ChannelGroup,
+    ChannelPlan,
+    ChannelStatistic,
+    FrozenChannels,
+    QueryScale,
+)
 from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.tracer import ChannelTracer
 
@@ -21,6 +29,9 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
     produced, frozen = torch.zeros_like(products), torch.zeros_like(products)
     produced[components[products]] = True
     frozen[list(reasons)] = True
+    for component in _all_in_one(tracer, components, produced & ~frozen).tolist():
+        frozen[component] = True
+        reasons[component] = "all channels of a layer depend on each other"
 
     members = _by_place(list(tracer.dimensions.values()), components, produced & ~frozen)
     channel = torch.full((couplings.count,), -1, dtype=torch.long)  # component -> channel id
@@ -45,10 +56,25 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
         inputs={name: ids_of(labels) for name, labels in tracer.inputs.items()},
         frozen=_frozen_report(tracer, components, produced & frozen, reasons),
         unknown_operations=dict(tracer.unknown),
-        query_scales=_query_scales(tracer),
         shapes=dict(tracer.shapes),
         macs=tuple(Product(each.constant, tuple(map(ids_of, each.factors))) for each in tracer.products),
+        query_scales=query_scales(tracer, [each for each in tracer.attentions if each.by_width]),
+        statistics=tuple(
+            ChannelStatistic(call, dim, ids_of(axis)) for call, dim, axis in tracer.statistics if varying(axis)
+        ),
+        own_numbers=frozenset(tracer.own_numbers).difference(*(each.scalars for each in tracer.attentions)),
     )
+
+
+def _all_in_one(tracer: ChannelTracer, components: Tensor, usable: Tensor) -> Tensor:
+    """Components that hold every slice along some dimension: to remove them would cut the network in two."""
+    found = [components[labels[:1]] for labels in tracer.dimensions.values() if _is_one(components[labels])]
+    whole: Tensor = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    return whole[usable[whole]]
+
+
+def _is_one(components: Tensor) -> bool:
+    return len(components) > 1 and bool((components == components[0]).all())
 
 
 def _by_place(dimensions: Sequence[Tensor], components: Tensor, usable: Tensor) -> dict[tuple[int, ...], list[int]]:
@@ -87,9 +113,11 @@ def _heads(matrices: Sequence[Tensor]) -> dict[frozenset[int], list[tuple[int, .
     """Set of channels -> the finest split of it into rows that must keep equally many."""
     finest: dict[frozenset[int], list[tuple[int, ...]]] = {}
     for matrix in matrices:
-        rows = list(dict.fromkeys(tuple(row) for row in matrix.tolist()))
+        # Queries, keys and values side by side are one channel each.
+        rows = list(dict.fromkeys(tuple(dict.fromkeys(row)) for row in matrix.tolist()))
         channels = frozenset(channel for row in rows for channel in row)
-        if -1 not in channels and len(channels) == sum(map(len, rows)) and len(rows) > len(finest.get(channels, [()])):
+        disjoint = len(channels) == sum(map(len, rows)) and len({len(row) for row in rows}) == 1
+        if -1 not in channels and disjoint and len(rows[0]) > 1 and len(rows) > len(finest.get(channels, [()])):
             finest[channels] = rows
     return finest
 
@@ -112,21 +140,28 @@ def _frozen_report(
     return tuple(report)
 
 
-def _query_scales(tracer: ChannelTracer) -> tuple[QueryScale, ...]:
+def query_scales(tracer: ChannelTracer, attentions: Sequence[TracedAttention]) -> tuple[QueryScale, ...]:
     """Find the weight rows that made each query: labels keep the identity of the parameter that produced them."""
-    if not tracer.queries:
-        return ()
     places = list(tracer.dimensions)
-    starts = torch.stack([labels[0] for labels in tracer.dimensions.values()])  # labels are handed out in this order
-    scales: dict[Place, QueryScale] = {}
-    for matrix in tracer.queries:
-        origins = torch.unique(torch.searchsorted(starts, matrix.contiguous(), right=True) - 1).tolist()
-        if len(origins) > 1 or origins[0] < 0:
-            continue  # not one projection's
-        name, dim = places[origins[0]]
-        rows = matrix - starts[origins[0]]
-        scales[name, dim] = QueryScale(name, dim, rows)
-        bias = name.removesuffix("weight") + "bias"
-        if name.endswith("weight") and (bias, 0) in tracer.dimensions:
-            scales[bias, 0] = QueryScale(bias, 0, rows)
-    return tuple(scales.values())
+    if not places:
+        return ()
+    # Dimensions got their labels in this order, before everything else.
+    starts = torch.stack([labels[0] for labels in tracer.dimensions.values()])
+    found: dict[tuple[Place, int], list[Tensor]] = {}  # parameter, width -> rows
+    for attention in attentions:
+        for row in attention.rows:
+            origins = torch.unique(torch.searchsorted(starts, row.contiguous(), right=True) - 1).tolist()
+            if len(origins) == 1 and origins[0] >= 0:  # otherwise it is not one projection's
+                rows = found.setdefault((places[origins[0]], len(row)), [])
+                positions = row - starts[origins[0]]
+                if not any(torch.equal(positions, other) for other in rows):
+                    rows.append(positions)
+    scales: list[QueryScale] = []
+    for ((name, dim), _), rows in found.items():
+        scales.append(QueryScale(name, dim, torch.stack(rows)))
+        # nn.MultiheadAttention keeps the biases of separate projections in one, queries first.
+        for ending, partner in (("weight", "bias"), ("q_proj_weight", "in_proj_bias")):
+            bias = name.removesuffix(ending) + partner
+            if name.endswith(ending) and (bias, 0) in tracer.dimensions:
+                scales.append(QueryScale(bias, 0, torch.stack(rows)))
+    return tuple(scales)

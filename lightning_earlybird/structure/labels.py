@@ -73,12 +73,35 @@ class Couplings:
         self._edges: list[Tensor] = []
         self._frozen: list[tuple[Tensor, str]] = []
         self._produced: list[Tensor] = []
+        self._followers: list[Tensor] = []
+        self._joined: list[tuple[Tensor, Tensor]] = []
 
     def fresh(self, size: int) -> Tensor:
         """``size`` new labels, shape (size,)."""
         labels = torch.arange(self.count, self.count + size)
         self.count += size
         return labels
+
+    def followers(self, axis: Tensor) -> Tensor:
+        """Labels for what has one element a block of channels (a statistic of each head, say): tied to nothing."""
+        if not varying(axis):
+            return torch.zeros_like(axis)
+        labels = self.fresh(axis.numel()).view(axis.shape)
+        self._followers.append(labels.reshape(-1))
+        return labels
+
+    def join(self, whole: Tensor, dim: int, reason: str) -> None:
+        """Couple labels along a dimension that holds no channels itself (positions of several origins)."""
+        first = whole.narrow(dim, 0, 1)
+        self.tie(whole, first, reason)
+        self._joined.append((whole.reshape(-1), first.expand(whole.shape).reshape(-1)))
+
+    def canonical(self, axis: Tensor) -> Tensor:
+        """The axis with one label for what has been joined, so that it varies only where channels do."""
+        names = torch.arange(self.count)
+        for labels, first in self._joined:
+            names[labels] = names[first]
+        return compress(names[axis])
 
     def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
         """Couple two axes element by element after broadcasting; a partner without a channel freezes the other.
@@ -95,6 +118,9 @@ class Couplings:
         if len(pairs) == 0:
             return
         a, b = pairs // self.count, pairs % self.count
+        if self._followers:
+            free = torch.isin(a, torch.cat(self._followers)) | torch.isin(b, torch.cat(self._followers))
+            a, b = a[~free], b[~free]
         without = (a == 0) | (b == 0)
         self.freeze((a + b)[without], reason)
         self._edges.append(torch.stack([a, b], dim=1)[~without])

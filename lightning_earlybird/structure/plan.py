@@ -98,6 +98,21 @@ class QueryScale:
 
 
 @dataclass(frozen=True, eq=False)
+class ChannelStatistic:
+    """An operation that reduces over channels (a mean square, a norm, a softmax): a ticket's is over those that stay.
+
+    Attributes:
+        call: Name of the operation, and how many calls of it come before in a forward pass.
+        dim: The reduced dimension of its input.
+        ids: Channel ids along ``dim``; of the input's rank, with size 1 where they do not vary.
+    """
+
+    call: tuple[str, int]
+    dim: int
+    ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelPlan:
     """How a denoiser's tensors depend on its channels; traced once per fit.
 
@@ -116,6 +131,10 @@ class ChannelPlan:
         data_reads: Where Python code reads values of tensors: of what is decided there, only the branch that was taken
             has been seen.
         verified: Whether ``verify_plan`` has returned this plan; nothing is trained that comes from another one.
+        statistics: Where the network reduces over channels.
+        own_numbers: Calls whose numbers are a ticket's own, as it computes them from its widths: in norms that are
+            written out, and where pieces are weighed before they are joined. Everywhere else a number that depends on
+            widths makes verification fail.
     """
 
     ids: Mapping[str, Mapping[int, Tensor]]
@@ -128,6 +147,8 @@ class ChannelPlan:
     macs: tuple[Product, ...] = ()
     data_reads: tuple[str, ...] = ()
     verified: bool = False
+    statistics: tuple[ChannelStatistic, ...] = ()
+    own_numbers: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def num_channels(self) -> int:
@@ -164,6 +185,7 @@ class ChannelPlan:
             groups=tuple(groups),
             inputs={name: table[old] for name, old in self.inputs.items()},
             macs=tuple(Product(each.constant, tuple(table[old] for old in each.factors)) for each in self.macs),
+            statistics=tuple(replace(each, ids=table[each.ids]) for each in self.statistics),
         )
 
     def full_mask(self) -> TicketMask:

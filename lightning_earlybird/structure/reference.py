@@ -153,14 +153,11 @@ class ChannelLocalNorms(TorchDispatchMode):
     """Replaces statistics over several channels by a bounded function of each channel alone.
 
     Zeroed channels take part in a dense normalisation and missing ones do not: without this, two correct networks would
-    differ. For the same reason nothing is rounded on the way: what is in double precision stays there (a network may
-    compute its attention in float32 whatever the rest is in).
+    differ.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2]
-        if name == "_to_copy" and args[0].dtype == torch.float64 and (kwargs or {}).get("dtype") in ROUNDED:
-            kwargs = {**kwargs, "dtype": torch.float64}
         if name == "native_group_norm":
             return self._bounded(args[0], args[1], args[2], dim=1)
         if name == "native_layer_norm":
@@ -176,6 +173,30 @@ class ChannelLocalNorms(TorchDispatchMode):
         if bias is not None:
             result = result + bias.view(shape)
         return result, source.new_zeros(1), source.new_zeros(1)
+
+
+class _Unrounded(TorchDispatchMode):
+    """Whatever asks for a lower precision gets the double one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and kwargs.get("dtype") in ROUNDED:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Nothing is rounded on the way through a network in double precision.
+
+    It may compute its attention in float32 whatever the rest is in, or make its time embedding in the default type.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Unrounded():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextmanager

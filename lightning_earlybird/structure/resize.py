@@ -109,7 +109,7 @@ def _copy_of_attributes(model: nn.Module) -> nn.Module:
 
 def _input_width(edits: Mapping[str, AttributeValue]) -> int | None:
     """The input width that a module's edits speak of, for modules whose own tensors do not tell it."""
-    for attribute in ("channels", "num_channels", "num_features", "normalized_shape"):
+    for attribute in ("channels", "num_channels", "num_features", "normalized_shape", "in_channels"):
         if attribute in edits:
             value = edits[attribute]
             return value if isinstance(value, int) else value[-1]

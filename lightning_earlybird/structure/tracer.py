@@ -1,21 +1,21 @@
 """The tracer: labels every tensor that a network computes, operation by operation."""
 
-import os
-import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_earlybird.structure.attention import TracedAttention, numbers_in, query_rows
 from lightning_earlybird.structure.labels import Couplings, varying
 from lightning_earlybird.structure.products import Product, products_of
-from lightning_earlybird.structure.rules import CONTRACTIONS, RULES, Operation, find_rule, freeze_all
+from lightning_earlybird.structure.reads import DataReads
+from lightning_earlybird.structure.rules import CONTRACTIONS, MOVEMENTS, Call, Operation, find_rule, freeze_all
 
 
 @dataclass
@@ -24,14 +24,12 @@ class _Labelled:
 
     axes: list[Tensor] = field(default_factory=list)
     parametric: bool = False  # a function of parameters only
-    data: bool = False  # a function of inputs, parameters or chance
-    scores: Tensor | None = None  # attention scores: the labels of the width that was contracted
-
-
-# Their results have as many elements as the values of their operands say.
-DATA_DEPENDENT_SHAPES = frozenset(["nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"])
-NOT_THE_NETWORKS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))  # code of
-READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # of these, no operation is seen
+    plain: bool = False  # a parameter, or the elements of one in other places
+    scores: TracedAttention | None = None  # it holds the scores of this attention
+    scalars: frozenset[Call] = frozenset()  # calls that have scaled it by a number since it left its layer
+    statistic: bool = False  # a statistic over channels
+    normalised: bool = False  # divided by one, without a gain since: how its layer scales it does not matter
+    unit: bool = False  # divided by one, and scaled at most by parameters and numbers since
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -49,15 +47,17 @@ class ChannelTracer(TorchDispatchMode):
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.inputs: dict[str, Tensor] = {}  # module -> labels of its input's channel dimension
         self.rows: list[Tensor] = []  # label matrices whose rows must keep equally many
-        self.queries: list[Tensor] = []  # labels of attention queries, (heads, width)
+        self.attentions: list[TracedAttention] = []
+        self.statistics: list[tuple[Call, int, Tensor]] = []  # call, reduced dimension, axis along it
+        self.numbers: dict[Call, tuple[float, ...]] = {}  # the plain numbers in element-wise operations
+        self.own_numbers: set[Call] = set()  # calls whose numbers a ticket computes from its own widths
         self.unknown: dict[str, int] = {}
         self.products: list[Product] = []  # the multiply-accumulates, by labels
-        self.reads: dict[str, str] = {}  # where Python has read a value -> the module that did
-        self.unused = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._modules = {id(module): name for name, module in model.named_modules()}
+        self.reads = DataReads(model, inputs)
+        self._calls: Counter[str] = Counter()
+        self._picked: dict[int, Tensor] = {}  # label of a channel that was picked -> labels among which it was
+        self._aside = False
         self._known: Any = WeakTensorKeyDictionary()
-        for tensor in inputs:
-            self._known[tensor] = _Labelled(data=True)
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         for name, tensor in [*model.named_parameters(), *buffers]:
             axes = []
@@ -66,7 +66,7 @@ class ChannelTracer(TorchDispatchMode):
                     labels = self.couplings.fresh(size)
                     self.dimensions[name, dim] = labels
                     axes.append(labels.view([-1 if d == dim else 1 for d in range(tensor.dim())]))
-            self._known[tensor] = _Labelled(axes, parametric=True, data=True)
+            self._known[tensor] = _Labelled(axes, parametric=True, plain=True)
 
     # --- what rules read and write
 
@@ -98,6 +98,30 @@ class ChannelTracer(TorchDispatchMode):
             result.append(axis)
         return result
 
+    def finest(self, axes: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+        """The axes of something that meets channels spread over ``dims``, (heads, width) say, without those of heads.
+
+        Every head keeps some of its channels: a parameter that has one element a head stays whole, and one of (heads,
+        width) can be cut along the width, alike in all heads.
+        """
+        result = []
+        for axis in axes:
+            if set(varying(axis)) < set(dims) and max(dims) not in varying(axis):
+                self.couplings.freeze(axis, "one element for each head")
+            else:
+                result.append(axis)
+        return result
+
+    def weigh(self, piece: Tensor) -> None:
+        """A piece of a concatenation; the numbers that scaled it may weigh it by its width against the others."""
+        known = self._known.get(piece)
+        if known is not None:
+            self.own_numbers |= known.scalars
+
+    def pick(self, channel: Tensor, among: Tensor) -> None:
+        """One channel is taken out by its position; that matters as soon as it is used."""
+        self._picked[int(channel.reshape(-1)[0])] = among
+
     def freeze_others(self, tensor: Tensor, dims: Iterable[int], reason: str) -> None:
         """Freeze the axes that vary, but along none of ``dims``: what follows does not know them."""
         for axis in self.axes(tensor):
@@ -114,64 +138,82 @@ class ChannelTracer(TorchDispatchMode):
         known = self._known.get(tensor)
         return known is not None and bool(known.parametric)
 
-    def set_scores(self, tensor: Tensor, labels: Tensor) -> None:
-        """Remember that a tensor holds attention scores, contracted over these labels."""
-        self._labelled(tensor).scores = labels
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a parameter or buffer, however it is viewed."""
+        known = self._known.get(tensor)
+        return known is not None and bool(known.plain)
+
+    def record_scores(self, tensor: Tensor, labels: Tensor, query: Tensor, operands: Sequence[Tensor]) -> None:
+        """Remember that a tensor holds attention scores.
+
+        Args:
+            tensor: The scores.
+            labels: What they were contracted over, without repetition.
+            query: The labels of the query, (..., width).
+            operands: Queries and keys.
+        """
+        attention = TracedAttention(labels, query_rows(query))
+        self._labelled(tensor).scores = attention
+        if not self._labelled(operands[0]).normalised:  # otherwise its factor is the ticket's own
+            for operand in operands:
+                attention.scalars |= self._labelled(operand).scalars
+            self.attentions.append(attention)
 
     def scores_of(self, tensor: Tensor) -> Tensor | None:
         """The labels over which attention scores were contracted."""
         known = self._known.get(tensor)
-        return known.scores if known is not None else None
+        return known.scores.labels if known is not None and known.scores is not None else None
 
     def record_rows(self, matrix: Tensor) -> None:
         """Each row of this label matrix must keep equally many channels."""
         self.rows.append(matrix)
 
-    def record_query(self, query: Tensor) -> None:
-        """An attention that will divide by the square root of its query's width, (..., heads, N, width)."""
-        last = query.dim() - 1
-        heads = [last - 2] if query.dim() > 3 else []
+    def record_statistic(self, op: Operation, dim: int, axis: Tensor) -> None:
+        """An operation that reduces a dimension which is labelled: among the channels that stay, in a ticket."""
+        self.statistics.append((op.call, dim, axis))
+        for result in op.outputs():
+            self._labelled(result).statistic = result.dim() < op.args[0].dim() or result.shape[dim] == 1
+
+    def record_fused_attention(self, op: Operation, query: Tensor) -> None:
+        """An attention in one operation, of a query (B, heads, N, width)."""
         for axis in self.axes(query):
-            if last in varying(axis):
-                # Several layers may have made queries for different positions.
-                rest = [dim for dim in range(query.dim()) if dim not in (*heads, last)]
-                rows = axis.shape[heads[0]] if heads else 1
-                self.queries += axis.permute(*rest, *heads, last).reshape(-1, rows, axis.shape[last]).unique(dim=0)
+            if query.dim() - 1 in varying(axis):
+                attention = TracedAttention(axis.reshape(-1), query_rows(axis))
+                if op.kwargs.get("scale") is None:
+                    attention.by_width = True
+                else:
+                    attention.scalars = {op.call, *self._labelled(query).scalars}
+                    self.numbers[op.call] = (float(op.kwargs["scale"]),)
+                self.attentions.append(attention)
 
     def record_input(self, name: str, dim: int, value: Any) -> None:
         """The channels that a module with a width attribute receives."""
         if not isinstance(value, Tensor):
             return
-        for axis in self.along(value, keep=(dim % value.dim(),), must=dim % value.dim()):
-            labels = axis.reshape(-1)
-            if name in self.inputs:
-                self.couplings.tie(self.inputs[name], labels, "one module serves several widths")
-            self.inputs.setdefault(name, labels)
+        with self.aside():
+            for axis in self.along(value, keep=(dim % value.dim(),), must=dim % value.dim()):
+                labels = axis.reshape(-1)
+                if name in self.inputs:
+                    self.couplings.tie(self.inputs[name], labels, "one module serves several widths")
+                self.inputs.setdefault(name, labels)
 
-    def record_read(self, tensors: Iterable[Tensor]) -> None:
+    def record_read(self, tensors: Sequence[Tensor]) -> None:
         """Python learns values of these tensors, and may decide by them what to compute."""
-        touched = [self._known[tensor] for tensor in tensors if tensor in self._known]
-        if any(known.data for known in touched):
-            module, place = self._place()
-            self.reads[place] = module
-            for known in touched:
-                for axis in known.axes:
-                    self.couplings.freeze(axis, f"Python code reads the values ({place})")
+        self._freeze_read(self.reads.read(tensors), tensors)
 
-    def _place(self) -> tuple[str, str]:
-        """The innermost module of the network whose code is running: its name, and that with file and line."""
-        where = ""
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            code = frame.f_code
-            if not code.co_filename.startswith(NOT_THE_NETWORKS):
-                where = where or f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
-                owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-                name = self._modules.get(id(owner)) if isinstance(owner, nn.Module) else None
-                if name is not None:
-                    return name, f"{repr(name) if name else type(owner).__name__}, {where}"
-            frame = frame.f_back
-        return "", where or "the network"
+    def _freeze_read(self, place: str | None, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors if place is not None else ():
+            for axis in self.axes(tensor):
+                self.couplings.freeze(axis, f"Python code reads the values ({place})")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Arithmetic on labels between the network's operations, which is none of them."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
 
     # --- the mode
 
@@ -179,38 +221,72 @@ class ChannelTracer(TorchDispatchMode):
         """Run the operation, then label its results."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        operation = Operation(func, func._schema.name.rpartition("::")[2], args, kwargs, out)
-        inputs, results = operation.tensors(), operation.outputs()
-        for tensor in inputs:
-            self.unused.pop(id(tensor), None)
-        if not results or operation.name in DATA_DEPENDENT_SHAPES:
-            self.record_read(inputs)
-        if torch.Tag.nondeterministic_seeded in func.tags or (
-            RULES.get(operation.name) is not RULES["zeros_like"] and any(self._is_data(tensor) for tensor in inputs)
-        ):
-            for result in results:
-                self._labelled(result).data = True
-        if not results:
+        if self._aside:
+            return out
+        name = func._schema.name.rpartition("::")[2]
+        operation = Operation(func, name, args, kwargs, out, (name, self._calls[name]))
+        self._calls[name] += 1
+        inputs = operation.tensors()
+        self._freeze_read(self.reads.observe(operation), inputs)
+        if not operation.outputs():
             return out
         if inputs and all(self.is_parametric(tensor) for tensor in inputs):
-            for result in results:
-                self._labelled(result).parametric = True
+            for result in operation.outputs():
+                labelled = self._labelled(result)
+                labelled.parametric = True
+                labelled.plain = name in MOVEMENTS and self.is_parameter(inputs[0])
+        scalars = self._follow_scalars(operation, inputs)
         if any(self.axes(tensor) for tensor in inputs):
             self._apply(operation)
         self.products += products_of(self, operation)
-        scores = self.scores_of(inputs[0]) if inputs and operation.name not in CONTRACTIONS else None
-        if scores is not None:
+        known = self._known.get(inputs[0]) if inputs and name not in CONTRACTIONS else None
+        if known is not None and known.scores is not None:
             # Scaled, masked, normalised or reshaped attention scores are still that.
-            for result in results:
+            known.scores.scalars |= scalars
+            for result in operation.outputs():
                 if result.numel() == inputs[0].numel():
-                    self.set_scores(result, scores)
+                    self._labelled(result).scores = known.scores
         return out
 
-    def _is_data(self, tensor: Tensor) -> bool:
-        known = self._known.get(tensor)
-        return known is not None and bool(known.data)
+    def _follow_scalars(self, operation: Operation, inputs: Sequence[Tensor]) -> frozenset[Call]:
+        """Which calls have scaled the result by a number since it left its layer; this one included."""
+        pointwise = torch.Tag.pointwise in operation.func.tags
+        numbers = numbers_in(operation.args, operation.kwargs) if pointwise else ()
+        if numbers:
+            self.numbers[operation.call] = numbers
+        if not pointwise and operation.name not in MOVEMENTS:
+            return frozenset()
+        scalars = frozenset([operation.call] if numbers else [])
+        operands = [known for known in map(self._known.get, inputs) if known is not None]
+        for known in operands:
+            scalars |= known.scalars
+        statistic = any(known.statistic for known in operands)
+        normalises = statistic and any(known.axes and not known.statistic for known in operands)
+        gained = any(known.plain and known.axes for known in operands)
+        normalised = normalises or (any(known.normalised for known in operands) and not gained)
+        unit = normalises or (
+            any(known.unit for known in operands) and all(known.unit or known.parametric for known in operands)
+        )
+        if numbers and (statistic or unit):
+            self.own_numbers.add(operation.call)  # the factor of a norm, so that its result does not depend on widths
+        for known in operands if unit else ():
+            self.own_numbers |= known.scalars if known.parametric else frozenset()  # a gain with that factor in it
+        if scalars or statistic or unit:
+            for labelled in map(self._labelled, operation.outputs()):
+                labelled.scalars = frozenset() if normalises else scalars
+                labelled.statistic, labelled.normalised = statistic and not normalises, normalised
+                labelled.unit = unit
+        return scalars
 
     def _apply(self, operation: Operation) -> None:
+        for tensor in operation.tensors():
+            if any(not varying(axis) for axis in self.axes(tensor)):
+                for axis in self.axes(tensor):
+                    if not varying(axis):
+                        # Its position must not change, so none of its neighbours can go.
+                        beside = self._picked.get(int(axis.reshape(-1)[0]), axis)
+                        self.couplings.freeze(beside, "one channel is picked by its position")
+                self.put(tensor, [axis for axis in self.axes(tensor) if varying(axis)])
         applicable = find_rule(operation)
         if applicable is None:
             self.unknown[operation.name] = self.unknown.get(operation.name, 0) + 1
@@ -223,25 +299,3 @@ class ChannelTracer(TorchDispatchMode):
         if known is None:
             known = self._known[tensor] = _Labelled()
         return known
-
-
-class QueryWatch(TorchFunctionMode):
-    """Sees scaled_dot_product_attention before it is decomposed, while its scale can still be told.
-
-    Also what reads a tensor without any operation.
-
-    Args:
-        tracer: Where the queries are recorded whose scale depends on their width, and what Python reads.
-    """
-
-    def __init__(self, tracer: ChannelTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
-            self._tracer.record_query(args[0] if args else kwargs["query"])
-        elif func in READS:
-            self._tracer.record_read(args[:1])
-        return func(*args, **kwargs)

@@ -1,11 +1,13 @@
 """Verification: a plan is trusted only after an extracted network has computed what the dense one computes.
 
-The dense network computes it with the same channels set to zero.
+The dense network computes it with the same channels set to zero, and with its statistics over the channels that stay
+(see ``counterpart``).
 """
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord
 from lightning_earlybird.structure.crop import Call, smallest_call
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
@@ -27,6 +30,7 @@ from lightning_earlybird.structure.reference import (
     limited,
     permute_,
     randomised,
+    unrounded,
     zeroed,
 )
 from lightning_earlybird.structure.running import undisturbed
@@ -223,14 +227,16 @@ class _Trial:
 
     def compare(self, plan: ChannelPlan, mask: TicketMask, *, backward: bool = True) -> tuple[float, str | None]:
         """Extract along one mask; relative error and what is wrong, None if nothing is."""
-        expected = self._outputs(zeroed(self.reference, plan, mask))
+        record = NumberRecord()
         try:
             ticket = extract(self.reference, plan, mask)
-            actual = self._outputs(ticket)
+            actual = self._outputs(ticket, record)
             if backward:
                 self._backward(ticket)
         except Exception as problem:  # whatever user code raises on a narrower network is the finding
             return float("inf"), f"{type(problem).__name__}: {problem}"
+        numbers = {} if record.from_data else record.numbers
+        expected = self._outputs(zeroed(self.reference, plan, mask), Counterpart(plan, mask, numbers))
         return self._difference(expected, actual, "")
 
     def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
@@ -246,11 +252,12 @@ class _Trial:
         return error, None if error <= self.tolerance else f"{when}the output differs by {error:.1e} (relative)"
 
     def _call(self, network: nn.Module) -> list[Tensor]:
-        with torch.autocast(self.device.type, enabled=False):
+        exactly = unrounded() if self.precision == torch.float64 else nullcontext()
+        with torch.autocast(self.device.type, enabled=False), exactly:
             return _tensors(network(*self.args, **self.kwargs))
 
-    def _outputs(self, network: nn.Module) -> list[Tensor]:
-        with undisturbed(network), ChannelLocalNorms():
+    def _outputs(self, network: nn.Module, mode: AbstractContextManager[Any] | None = None) -> list[Tensor]:
+        with undisturbed(network), ChannelLocalNorms(), mode or nullcontext():
             return self._call(network)
 
     def _runs_in_its_modes(self) -> bool:

@@ -25,13 +25,13 @@ def partition_of_plan(network: nn.Module, plan: ChannelPlan) -> Partition:
 
 
 def partition_of_torch_pruning(
-    network: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], last: nn.Module
+    network: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], *last: nn.Module
 ) -> Partition:
-    """The coupled slices that torch-pruning finds; the output channels of the ``last`` layer are not for pruning."""
+    """The coupled slices that torch-pruning finds; the output channels of the ``last`` layers are not for pruning."""
     graph = torch_pruning.DependencyGraph().build_dependency(network, example_inputs=inputs)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     partition: Partition = set()
-    for group in graph.get_all_groups(ignored_layers=[last]):
+    for group in graph.get_all_groups(ignored_layers=list(last)):
         members: dict[int, set[Slice]] = {}
         for item in group:
             for name, dim in _sliced_tensors(item.dep.target.module, item.dep.handler, names):
@@ -46,12 +46,13 @@ def _sliced_tensors(module: nn.Module, handler: Any, names: Mapping[int, str]) -
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if weight is None:
         return []  # an operation without parameters
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
         is_output = handler.__name__ == "prune_out_channels"
-        sliced = [(weight, 0), (bias, 0)] if is_output else [(weight, 1)]
+        first, second = (1, 0) if getattr(module, "transposed", False) else (0, 1)
+        sliced = [(weight, first), (bias, 0)] if is_output else [(weight, second)]
     elif isinstance(module, nn.Embedding):
         sliced = [(weight, 1)]
-    elif isinstance(module, nn.GroupNorm):
+    elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
         sliced = [(weight, 0), (bias, 0)]
     else:
         raise NotImplementedError(f"{type(module).__name__} has parameters that are not compared")

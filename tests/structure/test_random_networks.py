@@ -6,6 +6,7 @@ the number of examples, for a longer search than the suite's.
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -34,11 +35,23 @@ EXAMPLES = int(os.environ.get("EARLYBIRD_EXAMPLES", 0))
 TOLERANCE = 1e-6  # in double precision; the factor of query scales is in single precision
 
 
+# A ticket takes these over the channels that it has. Here they become sums, to which zeros add nothing, and functions
+# of single elements that leave zero at zero; over other dimensions than channels that changes both networks alike.
+IN_PLACE_OF_STATISTICS: dict[Any, Callable[..., Tensor]] = {
+    Tensor.softmax: lambda x, dim: x.tanh(),
+    Tensor.mean: lambda x, dim, keepdim=False: x.sum(dim, keepdim) / 8,
+    Tensor.amax: lambda x, dim, keepdim=False: x.relu().sum(dim, keepdim) / 2,
+    Tensor.std: lambda x, dim, keepdim=False: (x.square().sum(dim, keepdim) / 4 + 0.1).sqrt(),
+}
+
+
 class WithoutStatistics(TorchFunctionMode):
     """Norms over several channels become a function of each channel: zeros take part in them, missing ones do not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
+        if func in IN_PLACE_OF_STATISTICS:
+            return IN_PLACE_OF_STATISTICS[func](*args, **given)
         if func is nn.functional.group_norm:
             weight, bias = given.get("weight"), given.get("bias")
             weight, bias = (*args[2:4], weight, bias)[:2]

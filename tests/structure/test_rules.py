@@ -121,6 +121,17 @@ def test_values_are_not_taken_for_scores_where_there_are_as_many_tokens_as_chann
         (lambda h: functional.adaptive_avg_pool2d(h, 1), 1),
         (lambda h: h * h.mean(dim=(2, 3), keepdim=True).sigmoid(), 1),
         (lambda h: h / h.square().sum(dim=1, keepdim=True).add(1).sqrt(), 1),
+        (lambda h: h.softmax(dim=1), 1),
+        (lambda h: h - h.mean(dim=1, keepdim=True), 1),
+        (lambda h: (h - h.mean(dim=1, keepdim=True)) / (h.var(dim=1, keepdim=True) + 1e-5).sqrt(), 1),
+        (lambda h: h * h.exp().mean(dim=1, keepdim=True), 1),
+        (lambda h: functional.normalize(h, dim=1) * torch.ones(1) * h.shape[1] ** 0.5, 1),
+        (lambda h: h.sum(dim=1, keepdim=True) / h.shape[1] + h, 1),
+        (lambda h: h - h.logsumexp(dim=1, keepdim=True), 1),
+        (lambda h: h * h.amax(dim=1, keepdim=True), 1),
+        (lambda h: functional.normalize(h, dim=1), 1),
+        (lambda h: functional.conv2d(h, torch.ones(1, 1, 3, 3).repeat(h.shape[1], 1, 1, 1), groups=h.shape[1]), 1),
+        (lambda h: functional.conv2d(h, torch.eye(h.shape[1])[:, :, None, None]), 1),
         (lambda h: h.amax(dim=(2, 3), keepdim=True), 1),
         (lambda h: h.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), 1),
         (lambda h: h[:, :, ::2, 1:], 1),
@@ -223,11 +234,12 @@ def test_a_saved_buffer_with_the_width_of_the_channels_follows_them() -> None:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda h: h.softmax(dim=1), "softmax over channels"),
-        (lambda h: h - h.mean(dim=1, keepdim=True), "mean over channels"),
-        (lambda h: functional.normalize(h, dim=1), "linalg_vector_norm over channels"),
         (lambda h: h + torch.linspace(0, 1, 8).view(1, 8, 1, 1), "fixed width that carries no channels"),
         (lambda h: h.cumsum(dim=1), "cumsum over channels"),
+        (lambda h: h + h[:, [1, 2, 3, 4, 5, 6, 7, 0]], "all channels of a layer depend on each other"),
+        (lambda h: h + h.roll(1, dims=1), "roll over channels"),
+        (lambda h: h * h[:, 2:3], "one channel is picked by its position"),
+        (lambda h: torch.zeros_like(h).copy_(h), "written into another tensor"),
         (lambda h: h.flatten(2).sort(dim=2).values.view_as(h), "no rule for the operation sort"),
         (lambda h: torch.cat([h, torch.ones(2, 8, 1, 8)], dim=2), "joined with a tensor that has no such channels"),
         (lambda h: functional.conv2d(h, torch.ones(8, 8, 1, 1)), "a kernel that is not a parameter"),
@@ -239,6 +251,10 @@ def test_channels_that_an_operation_pins_down_are_frozen_with_the_reason(
 ) -> None:
     with pytest.raises(StructureError, match=reason):
         trace_plan(between(function), (IMAGE,))
+
+
+def test_to_look_at_the_shape_of_a_picked_channel_is_no_use_of_it() -> None:
+    assert widths(between(lambda h: h * h[:, 2:3].shape[2]), IMAGE) == [8]
 
 
 def test_channels_that_turn_into_positions_are_frozen() -> None:

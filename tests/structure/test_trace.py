@@ -3,6 +3,7 @@ import torch
 from models import DENOISERS, PlainUNet, denoiser, tiny_unet
 from oracle import partition_of_plan, partition_of_torch_pruning
 from torch import Tensor, nn
+from zoo import member
 
 from lightning_earlybird.structure import ChannelPlan, StructureError, trace_plan
 
@@ -20,12 +21,24 @@ def test_the_partition_is_that_of_torch_pruning_element_by_element(name: str) ->
     plan = trace_plan(given.network, given.args, given.kwargs)
 
     ours = partition_of_plan(given.network, plan)
-    theirs = partition_of_torch_pruning(given.network, inputs, last=given.network.conv_out)
+    theirs = partition_of_torch_pruning(given.network, inputs, given.network.conv_out)
 
     assert ours == theirs  # hence also what is in neither: the frozen channels
     assert len(ours) == plan.num_channels
     assert [(entry.name, entry.size) for entry in plan.frozen] == [("conv_out", 3)]
     assert plan.unknown_operations == {}
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
+@pytest.mark.parametrize("name", ["UNet2D, resnet resampling only", "UNet2D, Fourier time", "UNet1D"])
+def test_the_partition_is_that_of_torch_pruning_where_it_traces(name: str) -> None:
+    given = member(name)
+    plan = trace_plan(given.network, given.args)
+    last = [given.network.get_submodule(entry.name) for entry in plan.frozen]
+
+    theirs = partition_of_torch_pruning(given.network, given.args, *last)
+
+    assert partition_of_plan(given.network, plan) == theirs
 
 
 def test_a_network_that_torch_pruning_gets_wrong_is_traced_all_the_same() -> None:
@@ -41,7 +54,7 @@ def test_a_network_that_torch_pruning_gets_wrong_is_traced_all_the_same() -> Non
         return {indices for indices in found if indices}
 
     assert rows(ours) == {(i, i + 16) for i in range(16)}
-    assert rows(partition_of_torch_pruning(network, given.args, last=network.conv_out)) != rows(ours)
+    assert rows(partition_of_torch_pruning(network, given.args, network.conv_out)) != rows(ours)
 
 
 def test_groups_are_named_after_the_layer_that_produces_them_and_ordered_as_in_the_network() -> None:
@@ -229,14 +242,14 @@ def test_the_summary_gathers_what_stays_by_reason() -> None:
     def forward(x: Tensor) -> Tensor:
         h = network["layer0"](x)
         for i in range(1, 6):
-            h = network[f"layer{i}"](h).softmax(dim=1)
+            h = network[f"layer{i}"](h).cumsum(dim=1)
         return network["last"](h)
 
     network.forward = forward
 
     assert trace_plan(network, (torch.ones(2, 4),)).summary() == (
         "4 channels in 1 group can be pruned\n"
-        "20 stay: _softmax over channels (layer1, layer2, layer3 and 2 more)\n"
+        "20 stay: cumsum over channels (layer1, layer2, layer3 and 2 more)\n"
         "3 stay: the network's output (last)"
     )
 

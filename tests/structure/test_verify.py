@@ -123,6 +123,13 @@ def test_a_zero_output_layer_hides_nothing() -> None:
     assert set(verify_plan(given.network, wrong, given.args).failed) == {"up1.conv1"}
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_factor_computed_from_the_width_freezes_its_group_outside_norms(power: float) -> None:
+    network = TwoLayers(lambda net, h: h / h.shape[1] ** power)
+
+    assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == {"a"}
+
+
 def test_a_width_written_into_the_code_freezes_its_group() -> None:
     network = TwoLayers(lambda net, h: h.view(2, 8, 8, 8))
 
@@ -133,13 +140,20 @@ def test_a_width_written_into_the_code_freezes_its_group() -> None:
     assert names(verified.plan) == {"b"}
 
 
-def test_a_scale_computed_from_the_width_freezes_queries_and_keys() -> None:
+@pytest.mark.parametrize("scale", ["fixed", "width"])
+def test_attention_scales_by_what_it_did_however_the_factor_comes_about(scale: str) -> None:
     given = denoiser("hand-written")
-    network = PlainUNet(scale="width").eval()
+    network = PlainUNet(scale=scale).eval()
+    plan = trace_plan(network, given.args)
 
-    verified = verify_plan(network, trace_plan(network, given.args), given.args)
-
-    assert set(verified.failed) == {"attention.q"}
+    assert [each.tensor for each in plan.query_scales] == (
+        ["attention.q.weight", "attention.q.bias"] if scale == "width" else []
+    )
+    assert verify_plan(network, plan, given.args).failed == {}
+    # Neither of the two answers fits the other network.
+    other = trace_plan(PlainUNet(scale="fixed" if scale == "width" else "width").eval(), given.args)
+    wrong = replace(plan, query_scales=other.query_scales)
+    assert set(verify_plan(network, wrong, given.args).failed) == {"attention.q"}
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -40,14 +40,19 @@ def contract(
         The axes of the result.
     """
     operands = list(zip((first, second), over, strict=True))
+    for operand, dim in operands:
+        if any(dim in varying(axis) and len(varying(axis)) > 1 for axis in tracer.axes(operand)):
+            tracer.put(operand, [tracer.couplings.canonical(axis) for axis in tracer.axes(operand)])
+    query = next((axis.movedim(over[0], -1) for axis in tracer.axes(first) if over[0] in varying(axis)), None)
     sides = [tracer.along(operand, keep=(*batch, dim), must=dim) for operand, dim in operands]
     flat = [[_as_batch_and(axis, batch, dim) for axis in side] for side, dim in zip(sides, over, strict=True)]
     if sides[0] and sides[1]:
         for left in flat[0]:
             for right in flat[1]:
                 tracer.couplings.tie(left, right, "contracted with a tensor without channels")
-        if not tracer.is_parametric(first) and not tracer.is_parametric(second):
-            tracer.set_scores(out, _distinct(flat[0][0]))
+        activations = not tracer.is_parametric(first) and not tracer.is_parametric(second)
+        if activations and tracer.scores_of(first) is None and tracer.scores_of(second) is None:
+            tracer.record_scores(out, _distinct(flat[0][0]), flat[0][0] if query is None else query, (first, second))
     else:
         for axis in (*sides[0], *sides[1]):
             tracer.couplings.freeze(axis, "contracted with a tensor that carries no channels")
@@ -55,7 +60,7 @@ def contract(
     # follow them.
     for weights, values, dim in ((first, second, over[1]), (second, first, over[0])):
         scores = tracer.scores_of(weights)
-        if scores is not None:
+        if scores is not None and not tracer.is_parametric(values):
             for axis in tracer.axes(values):
                 labels = _distinct(axis)
                 if dim not in varying(axis) and len(labels) == len(scores):

@@ -23,7 +23,9 @@ def convolution(tracer: "ChannelTracer", op: Operation) -> None:
     tracer.freeze_others(source, (0, 1), "convolution across channels")
     # Channels folded into the batch, (B * C, 1, H, W), pass through.
     folded = [axis for axis in tracer.along(source, keep=(0,), must=0) if axis.shape[1] == 1]
-    if groups == 1:
+    if groups == 1 and outputs is None and inputs is None and arriving and _is_diagonal(weight):
+        outputs = arriving[0]
+    elif groups == 1:
         if inputs is not None:
             for labels in arriving:
                 tie(inputs, labels, "convolves an input without channels")
@@ -37,6 +39,8 @@ def convolution(tracer: "ChannelTracer", op: Operation) -> None:
     elif groups == source.shape[1] == op.out.shape[1] and outputs is not None and arriving:
         for labels in arriving:
             tie(outputs, labels, "depthwise convolution of an input without channels")
+    elif groups == source.shape[1] == op.out.shape[1] and outputs is None and arriving:
+        outputs = arriving[0]  # one fixed filter, repeated for every channel
     else:
         for touched in (inputs, outputs, *arriving):
             if touched is not None:
@@ -48,6 +52,14 @@ def convolution(tracer: "ChannelTracer", op: Operation) -> None:
     if outputs is not None:
         folded.append(outputs.view([-1 if d == 1 else 1 for d in range(op.out.dim())]))
     tracer.put(op.out, folded)
+
+
+def _is_diagonal(kernel: torch.Tensor) -> bool:
+    """Whether a kernel of (C, C, ...) sees one channel at a time: a depthwise convolution that is written out."""
+    if kernel.shape[0] != kernel.shape[1]:
+        return False
+    apart = ~torch.eye(kernel.shape[0], dtype=torch.bool, device=kernel.device)
+    return not bool(kernel[apart].any())
 
 
 @rule("embedding")
@@ -71,6 +83,7 @@ def attention(tracer: "ChannelTracer", op: Operation) -> None:
     same_heads = query.shape[1] == key.shape[1] == value.shape[1]
     for tensor in (query, key, value):
         tracer.freeze_others(tensor, (3,), "attention across channels")
+    tracer.record_fused_attention(op, query)
     for mask in op.tensors()[3:]:
         tracer.freeze_others(mask, (), "in an attention mask")
     if all(len(side) == 1 for side in sides) and same_heads and query.shape[3] == value.shape[3]:

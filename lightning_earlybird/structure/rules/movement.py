@@ -1,5 +1,6 @@
 """Data movement: labels move along with the elements."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_earlybird.structure.labels import align, compress, reshape_axis, varying
-from lightning_earlybird.structure.rules.registry import Operation, freeze_all, rule
+from lightning_earlybird.structure.rules.registry import RULES, Operation, freeze_all, rule
 
 if TYPE_CHECKING:
     from lightning_earlybird.structure.tracer import ChannelTracer
@@ -29,7 +30,8 @@ def reshape(tracer: "ChannelTracer", op: Operation) -> None:
     for axis in tracer.axes(source):
         new = reshape_axis(axis, source.shape, result.shape)
         if 0 < len(varying(axis)) < len(varying(new)):
-            tracer.record_rows(new.reshape(-1, new.shape[varying(new)[-1]]))
+            for dim in varying(new)[1:]:
+                tracer.record_rows(new.reshape(math.prod(new.shape[:dim]), -1))
         moved.append(new)
     tracer.put(result, moved)
 
@@ -63,7 +65,7 @@ def take(tracer: "ChannelTracer", op: Operation) -> None:
             parts = [compress(part) for part in (called if isinstance(called, list | tuple) else [called])]
             for part in parts:
                 if not varying(part):
-                    tracer.couplings.freeze(part, "one channel is picked by its position")
+                    tracer.pick(part, axis)
         for target, part in zip(moved, parts, strict=True):
             target.append(part)
     for result, axes in zip(results, moved, strict=True):
@@ -78,34 +80,48 @@ def concatenate(tracer: "ChannelTracer", op: Operation) -> None:
     axes = [tracer.axes(piece) for piece in pieces]
     if op.name == "stack":
         axes = [[axis.unsqueeze(dim) for axis in piece] for piece in axes]
-    counts = {len(piece) for piece in axes}
-    if max(counts) > 1 and len(counts) > 1:
-        # A parameter with several axes beside activations with one (a class token, say): only the axis that varies as
-        # theirs do can go along.
-        wanted = next((varying(piece[0]) for piece in axes if len(piece) == 1), ())
-        for index, piece in enumerate(axes):
-            if len(piece) > 1:
-                match = [axis for axis in piece if varying(axis) == wanted][:1] or piece[:1]
-                for axis in piece:
-                    if axis is not match[0]:
-                        tracer.couplings.freeze(axis, "joined with a tensor that has no such channels")
-                axes[index] = match
-    moved = []
-    for slot in range(max(len(piece) for piece in axes)):
-        blank = torch.zeros((1,) * op.out.dim(), dtype=torch.long)
-        parts = [piece[slot] if len(piece) > slot else blank for piece in axes]
-        sizes = [1 if op.name == "stack" else piece.shape[dim] for piece in pieces]
-        other = [max(part.shape[d] for part in parts) for d in range(op.out.dim())]
-        full = [
-            part.expand([size if d == dim else other[d] for d in range(op.out.dim())])
-            for part, size in zip(parts, sizes, strict=True)
+    # What varies along the joined dimension and along positions has several origins; channels are what counts here.
+    axes = [
+        [
+            tracer.couplings.canonical(axis) if dim in varying(axis) and len(varying(axis)) > 1 else axis
+            for axis in piece
         ]
-        whole = torch.cat(full, dim)
-        if any(size > 1 for d, size in enumerate(other) if d != dim):
-            # In every other dimension the pieces must stay equally wide.
-            tracer.couplings.tie(whole, whole.narrow(dim, 0, 1), "joined with a tensor that has no such channels")
-        moved.append(compress(whole))
+        for piece in axes
+    ]
+    if any(dim in varying(axis) for piece in axes for axis in piece):
+        for joined in pieces:
+            tracer.weigh(joined)
+    directions = list(dict.fromkeys(varying(axis) for piece in axes for axis in piece))
+    for along in directions:
+        axes = [tracer.finest(piece, along) for piece in axes]
+    moved = []
+    while any(axes):
+        along = max((varying(axis) for piece in axes for axis in piece), key=len)
+        parts = []
+        for index, piece in enumerate(axes):
+            fitting = [axis for axis in piece if set(varying(axis)) <= set(along)]
+            fitting.sort(key=lambda axis: len(varying(axis)), reverse=True)
+            parts.append(fitting[0] if fitting else torch.zeros((1,) * op.out.dim(), dtype=torch.long))
+            axes[index] = [axis for axis in piece if not fitting or axis is not fitting[0]]
+        moved.append(_side_by_side(tracer, op, pieces, parts, dim))
     tracer.put(op.out, moved)
+
+
+def _side_by_side(
+    tracer: "ChannelTracer", op: Operation, pieces: list[Tensor], parts: list[Tensor], dim: int
+) -> Tensor:
+    """One axis of a joined tensor, of one axis of each piece."""
+    sizes = [1 if op.name == "stack" else piece.shape[dim] for piece in pieces]
+    other = [max(part.shape[d] for part in parts) for d in range(op.out.dim())]
+    full = [
+        part.expand([size if d == dim else other[d] for d in range(op.out.dim())])
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    whole = torch.cat(full, dim)
+    if any(size > 1 for d, size in enumerate(other) if d != dim):
+        # In every other dimension the pieces must stay equally wide.
+        tracer.couplings.join(whole, dim, "joined with a tensor that has no such channels")
+    return compress(whole)
 
 
 @rule("constant_pad_nd")
@@ -120,6 +136,12 @@ def pad(tracer: "ChannelTracer", op: Operation) -> None:
                 own[2 * k : 2 * k + 2] = amounts[2 * k : 2 * k + 2]
         moved.append(torch.constant_pad_nd(axis, own, 0))
     tracer.put(op.out, moved)
+
+
+@rule("index_put", "copy")
+def write(tracer: "ChannelTracer", op: Operation) -> None:
+    """Values are written into another tensor, which may be part of a third: whatever channels they carry stay."""
+    freeze_all(tracer, op, "written into another tensor")
 
 
 @rule("repeat", "index", "index_select", "roll", "flip", "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle")
@@ -159,3 +181,11 @@ def spatial(tracer: "ChannelTracer", op: Operation) -> None:
     result = op.out[0] if isinstance(op.out, tuple) else op.out
     tracer.freeze_others(op.args[0], (0, 1), f"{op.name} across channels")
     tracer.put(result, tracer.along(op.args[0], keep=(0, 1)))
+
+
+# What shows the elements of one tensor in other places.
+MOVEMENTS = frozenset(
+    name
+    for name, function in RULES.items()
+    if function in (same, reshape, permute, expand, take, concatenate, pad) or name == "repeat"
+)

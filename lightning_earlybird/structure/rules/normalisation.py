@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_earlybird.structure.labels import varying
 from lightning_earlybird.structure.rules.registry import Operation, freeze_all, rule
 
 if TYPE_CHECKING:
@@ -24,7 +25,13 @@ def _normalise(tracer: "ChannelTracer", op: Operation, dim: int, parameters: Seq
             if not arriving:
                 tracer.couplings.freeze(axis, "normalises an input without channels")
     tracer.freeze_others(source, (0, dim) if dim == 1 else range(source.dim()), f"{op.name} across channels")
-    tracer.put(result, tracer.axes(source))
+    gain = parameters[0] if parameters and isinstance(parameters[0], Tensor) else None
+    axes = tracer.axes(source)
+    if gain is not None and arriving and len(tracer.axes(gain)) == 1:
+        # Tied to what it scales; where a query is normalised, its gain is what sets its scale.
+        ours = tracer.axes(gain)[0].reshape([-1 if d == dim else 1 for d in range(source.dim())])
+        axes = [ours if varying(axis) == (dim,) else axis for axis in axes]
+    tracer.put(result, axes)
 
 
 @rule("native_group_norm")

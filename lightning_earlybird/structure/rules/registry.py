@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from lightning_earlybird.structure.tracer import ChannelTracer
 
 
+Call = tuple[str, int]  # name of an operation, how many calls of it came before
+
+
 @dataclass(frozen=True)
 class Operation:
     """One call that the tracer has seen, with its result."""
@@ -21,6 +24,7 @@ class Operation:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+    call: Call = ("", 0)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""
