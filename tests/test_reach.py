@@ -15,7 +15,16 @@ from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.importance import channel_scores
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepPartition
-from lightning_earlybird.structure import ChannelPlan, attribute_edits, extract, trace_plan, verify_plan
+from lightning_earlybird.structure import (
+    ChannelPlan,
+    WidthCost,
+    attribute_edits,
+    count_macs,
+    count_parameters,
+    extract,
+    trace_plan,
+    verify_plan,
+)
 from lightning_earlybird.tickets import describe_denoiser, load_ensemble, save_ensemble
 
 # What stays besides the layers of the output, and why that is right.
@@ -66,6 +75,19 @@ def test_tickets_of_any_sparsity_compute_what_their_masks_say(name: str) -> None
     given, plan, masks = tickets_of(name)
 
     assert {key: error for key, mask in masks.items() if (error := difference(given, plan, mask)) > 1e-8} == {}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_a_ticket_costs_is_known_from_its_mask(name: str) -> None:
+    given, plan, masks = tickets_of(name)
+    parameters, macs = WidthCost(plan.parameters(), plan.groups), WidthCost(plan.macs, plan.groups)
+
+    for mask in (plan.full_mask(), masks["0.5"], masks["random"]):
+        ticket = extract(given.network, plan, mask)
+        counts = torch.tensor([int(mask.kept[group.name].sum()) for group in plan.groups])
+        assert parameters(counts) == count_parameters(ticket)
+        if int(counts.min()) > 1:  # einsum multiplies element by element over a width of one: not counted
+            assert macs(counts) == count_macs(ticket, given.args, given.kwargs)
 
 
 @pytest.mark.parametrize("name", ZOO)

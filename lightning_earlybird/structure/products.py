@@ -35,12 +35,16 @@ def products_of(tracer: "ChannelTracer", op: Operation) -> list[Product]:
     Attention counts as its two matrix products, whichever kernel computes it.
     """
     if op.name in ("convolution", "_convolution"):
-        source, weight, transposed = op.args[0], op.args[1], op.args[6]
+        source, weight, transposed, groups = op.args[0], op.args[1], op.args[6], op.args[8]
         places = (source if transposed else op.out).shape[2:]
-        letters = ("io" if transposed else "oi") + "." * len(places)
-        batch = "b" + "." * (source.dim() - 1)
         rest = math.prod(places) * math.prod(weight.shape[2:])
-        return [_product(tracer, [(source, batch), (weight, letters)], rest)]
+        # The sizes of the weight count, (out, in / groups) or (in, out / groups). A kernel made on the fly, as wide as
+        # what it convolves, has no labels: then the input and the result tell whose channels those are.
+        pair = "io" if transposed else "oi"
+        counted = set(pair if groups == 1 else pair[0])
+        sides = [(source, "b" + ("i" if "i" in counted else ".")), (op.out, "b" + ("o" if "o" in counted else "."))]
+        operands = [(tensor, letters + "." * len(places)) for tensor, letters in ((weight, pair), *sides)]
+        return [_product(tracer, operands, rest)]
     if op.name in ("mm", "addmm"):
         return [_product(tracer, list(zip(op.args[-2:], ("mk", "kn"), strict=True)))]
     if op.name in ("bmm", "baddbmm"):
