@@ -61,3 +61,9 @@ def test_the_readme_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.
     assert sampled.abs().max() <= 1
     exec(compile(later, str(README), "exec"), names)
     assert len(names["images"]) == 2  # type: ignore[arg-type]
+
+
+def test_the_snippets_of_the_documents_run_as_printed() -> None:
+    for document in sorted((README.parent / "docs").glob("*.md")):
+        for snippet in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(snippet, str(document), "exec"), {})
