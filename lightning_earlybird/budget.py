@@ -232,9 +232,10 @@ class Budget:
             # Rounding must not let a step overtake one above it in the same group.
             keys.append(list(itertools.accumulate((-mean for mean in means), max)))
         next_step = [iter(steps) for steps in keys]
-        return torch.tensor([next(next_step[n]) for n in self._group.tolist()], dtype=torch.float64).argsort(
-            stable=True
-        )
+        flat = torch.tensor([next(next_step[n]) for n in self._group.tolist()], dtype=torch.float64)
+        # Equals as for "uniform", or the whole of one group would go before anything of another.
+        uniform = self._place.argsort(stable=True)
+        return uniform[flat[uniform].argsort(stable=True)]
 
     def _counts(self, order: Tensor, sparsity: float) -> Tensor:
         """Channels that each group keeps, shape (groups,): the steps that come first, as many as meet the target."""

@@ -374,6 +374,12 @@ def test_scores_of_nothing_but_zeros_are_no_obstacle() -> None:
     assert mask.num_kept == pytest.approx(62.5, abs=2)
 
 
+def test_groups_of_equal_scores_are_narrowed_alike_by_global_ranking() -> None:
+    scores = torch.ones(GROUPS.num_channels)
+    ranked, uniform = (draw_mask(GROUPS, scores, 0.5, scope=scope, round_to=1) for scope in ("global", "uniform"))
+    assert ranked.distance(uniform) == 0
+
+
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
