@@ -24,7 +24,7 @@ from lightning_earlybird.importance import Criterion, check_criterion
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
-from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_table
+from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_metrics, ticket_table
 from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
 from lightning_earlybird.structure import Norm
@@ -564,3 +564,4 @@ class EarlyBirdDetector(pl.Callback):
         self._search.load_state_dict(state_dict["search"])
         self._last_check_step = state_dict["last_check_step"]
         self._finished = state_dict["finished"]
+        log_metrics(trainer, {"earlybird/switch_step": trainer.global_step, **ticket_metrics(ensemble.record.facts)})

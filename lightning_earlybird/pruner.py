@@ -32,6 +32,7 @@ from lightning_earlybird.reporting import (
     log_ticket_table,
     overlap_figure,
     ticket_table,
+    ticket_metrics,
 )
 from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.search import SearchKey, describe, short_name
@@ -352,12 +353,7 @@ class TimestepAwarePruner(pl.Callback):
             distances = distance_figure(detector.windows, detector.threshold)
             log_figure(trainer, "earlybird/mask_distance", distances, folder=self.directory)
             log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=self.directory)
-        metrics: dict[str, float | None] = {"earlybird/switch_step": self.switched_at}
-        for index, fact in enumerate(self.facts):
-            metrics[f"ticket_{index}/channels_removed"] = fact.achieved_channels
-            metrics[f"ticket_{index}/parameters_removed"] = fact.achieved_parameters
-            metrics[f"ticket_{index}/macs_removed"] = fact.achieved_macs
-        log_metrics(trainer, metrics)
+        log_metrics(trainer, {"earlybird/switch_step": self.switched_at, **ticket_metrics(self.facts)})
 
     def _look_at_first_step(self, pl_module: pl.LightningModule) -> None:
         """As soon as the denoiser is found, and before it learns: do the regions fit, and what are its weights?"""

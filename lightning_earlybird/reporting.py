@@ -169,6 +169,24 @@ def ticket_rows(facts: Sequence[TicketFacts]) -> list[list[Cell]]:
     return rows
 
 
+def ticket_metrics(facts: Sequence[TicketFacts]) -> dict[str, float | None]:
+    """The ticket table as numbers for loggers that know no tables: nominal sparsity, and what was removed of each kind.
+
+    Args:
+        facts: One entry per ticket, in region order.
+
+    Returns:
+        ``ticket_N/...`` -> a fraction in ``[0, 1]``; ``None`` where it was not measured.
+    """
+    metrics: dict[str, float | None] = {}
+    for index, fact in enumerate(facts):
+        metrics[f"ticket_{index}/sparsity"] = fact.region.sparsity
+        metrics[f"ticket_{index}/channels_removed"] = fact.achieved_channels
+        metrics[f"ticket_{index}/parameters_removed"] = fact.achieved_parameters
+        metrics[f"ticket_{index}/macs_removed"] = fact.achieved_macs
+    return metrics
+
+
 def ticket_table(facts: Sequence[TicketFacts]) -> str:
     """The ticket table as fixed-width text.
 

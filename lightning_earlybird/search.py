@@ -138,13 +138,14 @@ def named_metrics(checks: Mapping[SearchKey, MaskCheck]) -> dict[str, float | No
 
 
 def sparsity_of(key: SearchKey) -> float:
-    """The fraction of channels that a ticket loses."""
+    """The nominal sparsity of a ticket."""
     return key.sparsity if isinstance(key, TimestepRegion) else key
 
 
 def short_name(key: SearchKey) -> str:
     """For names of metrics: ``0.3``, or ``240-440`` for a region."""
-    return f"{key.start:g}-{key.stop:g}" if isinstance(key, TimestepRegion) else f"{key:g}"
+    name = f"{key.start:g}-{key.stop:g}" if isinstance(key, TimestepRegion) else f"{key:g}"
+    return name.replace("+", "")  # of 1e+06, which some loggers refuse in names
 
 
 def describe(key: SearchKey) -> str:

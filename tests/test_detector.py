@@ -347,6 +347,29 @@ def test_every_check_is_logged_with_its_distances_and_the_null_line_once(tmp_pat
             ("distance_from_init", [check.from_start for check in checks]),
             ("distance_to_half", [check.from_half for check in checks]),
         ):
+def test_what_a_traditional_ticket_lost_is_logged_beside_what_was_asked_for(tmp_path: Path) -> None:
+    module, settings = Lit(), {"target": "params", "norm": "exact", "heads": "whole", "round_to": 1}
+    logger = CSVLogger(tmp_path, name="", version="")
+    detector = detector_for([0.5], on_emergence="prune", window=2, threshold=1.0, **settings)
+    fit(module, detector, max_epochs=1, logger=logger)
+    (fact,) = module.model.record.facts
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = (row for row in csv.DictReader(file) if row["earlybird/switch_step"])
+    assert fact.target == "params" and fact.achieved_parameters == pytest.approx(0.5, rel=0.01)
+    assert float(row["ticket_0/sparsity"]) == 0.5 and float(row["earlybird/switch_step"]) == 2
+    assert float(row["ticket_0/parameters_removed"]) == fact.achieved_parameters
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_detector_that_only_watches_ends_its_search_when_another_one_prunes(first: bool) -> None:
+    watching = detector_for([0.25], window=20)
+    pruning = detector_for([0.5], on_emergence="prune", window=2, threshold=1.0)
+    module = Lit()
+    trainer = fit(module, *([watching, pruning] if first else [pruning, watching]), max_epochs=2)
+    assert isinstance(module.model, TicketEnsemble) and trainer.global_step == 8
+    assert watching.found is None and steps_of(watching, 0.25) == [1, 2]
+
+
             # Lightning counts the step under way, from zero.
             expected = {c.step - 1: v for c, v in zip(checks, values, strict=True) if v is not None}
             assert column(f"earlybird/{metric}/{sparsity:g}") == pytest.approx(expected)

@@ -723,6 +723,7 @@ def test_the_table_counts_what_is_there(tmp_path: Path, caplog) -> None:
 
 def test_the_loss_on_both_sides_of_the_switch_is_logged(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
+        assert float(row[f"ticket_{index}/sparsity"]) == fact.region.sparsity
     module = Lit()
     fit(module, quick(), pruner_in(tmp_path), max_epochs=16, logger=logger)
     with (tmp_path / "metrics.csv").open() as file:

@@ -1,6 +1,7 @@
 """The search for several sparsities at once, on masks drawn by hand."""
 
 import io
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepRegion
-from lightning_earlybird.search import TicketSearch, check_sparsities, named_metrics
+from lightning_earlybird.search import TicketSearch, check_sparsities, named_metrics, short_name
 
 
 def mask(*kept: int, size: int = 8) -> TicketMask:
@@ -109,6 +110,12 @@ def test_a_search_by_region_has_a_window_for_each_that_loses_channels() -> None:
     }
     checks = found.push({EARLY: ALMOST, LATE: QUARTER}, 4)
     assert named_metrics(checks)["earlybird/distance_from_init/0-300"] == 0.25
+
+
+def test_names_of_metrics_hold_nothing_that_loggers_refuse() -> None:
+    ends = float("-inf"), -0.5, 1e6, float("inf")
+    names = [short_name(TimestepRegion(*pair, 0.5)) for pair in itertools.pairwise(ends)]
+    assert names == ["-inf--0.5", "-0.5-1e06", "1e06-inf"]
 
 
 def test_masks_are_asked_for_by_region_or_by_a_sparsity_that_is_that_of_one() -> None:
