@@ -260,9 +260,7 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if find_ensemble(pl_module) is not None and not self._finished:
-            rank_zero_info("EarlyBirdDetector: the module holds tickets already; there is nothing to search for.")
-            self.finish()
+        self._finish_if_replaced(pl_module)
         if self.weights == "auto" and averaged_modules(trainer) and not self._finished:
             rank_zero_info(
                 "EarlyBirdDetector: masks are drawn from the raw weights; weights='ema' would draw them from the "
@@ -281,6 +279,8 @@ class EarlyBirdDetector(pl.Callback):
             self._probe = DenoiserProbe(pl_module, self._denoiser)
             self._probe.start()
 
+        if self.found is None:
+            self._finish_if_replaced(pl_module)
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._find_before_learning(trainer, pl_module)
@@ -345,6 +345,7 @@ class EarlyBirdDetector(pl.Callback):
         self._last_check_step = step
         masks = self.draw(trainer, pl_module)
         checks = self._search.push(masks, step)
+        self._finish_if_replaced(pl_module)
         if self.weights == "ema" and any(check.distance is not None for check in checks.values()):
             self._warn_of_inertia(trainer)
         metrics = named_metrics(checks)
@@ -510,6 +511,7 @@ class EarlyBirdDetector(pl.Callback):
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser) -> None:
         ((key, mask),) = self.masks.items()
         partition = TimestepPartition.whole(sparsity_of(key))
+            self._check_steps(call.name)
         ensemble = convert(
             trainer,
             pl_module,
@@ -519,6 +521,23 @@ class EarlyBirdDetector(pl.Callback):
             {partition.regions[0]: self.emerged[key]},
             target=self.budget.allocation.target,
             norm=self.norm or "shrink",
+    def _check_steps(self, name: str) -> None:
+        """Refuse a rounding or a minimum under which no layer at all can lose anything."""
+        partition, allocation = self._served_partition, self.budget.allocation
+        if self.budget.most > 0 or (partition is not None and not any(region.sparsity for region in partition)):
+            return
+        widest = max(group.size for group in self.budget.plan.groups)
+        raise MisconfigurationException(
+            f"denoiser={name!r}: with round_to={allocation.round_to} and min_width={allocation.min_width} no layer can "
+            f"lose a channel, as the widest group that can be pruned has {widest}. Use a smaller round_to or min_width."
+        )
+
+    def _finish_if_replaced(self, pl_module: pl.LightningModule) -> None:
+        """Somebody else may have replaced the denoiser: a pruner with saved tickets, or with another detector."""
+        if not self._finished and find_ensemble(pl_module) is not None:
+            rank_zero_info("EarlyBirdDetector: the module holds tickets already; there is nothing to search for.")
+            self.finish()
+
         )
         self.finish()
         assert ensemble.record is not None

@@ -642,6 +642,15 @@ def test_saved_tickets_start_without_the_optimizer_state_of_a_dense_checkpoint(t
     assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {4}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_saved_tickets_leave_nothing_to_search_for_a_detector_in_the_trainer(first: bool, tmp_path: Path) -> None:
+    fit(Lit(), quick(), pruner_in(tmp_path), max_epochs=2)
+    detector, pruner = quick(), TimestepAwarePruner(tmp_path / "tickets" / "switch", dirpath=tmp_path / "second")
+    trainer = fit(Lit(), *([detector, pruner] if first else [pruner, detector]), max_epochs=1)
+    assert trainer.global_step == 4 and pruner.phase == "tickets"
+    assert detector.found is None and not any(detector.distances.values())
+
+
 def test_saved_tickets_need_a_denoiser_that_they_fit(tmp_path: Path) -> None:
     fit(Lit(), quick(), pruner_in(tmp_path), max_epochs=2)
     path = tmp_path / "tickets" / "switch"
