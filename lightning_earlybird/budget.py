@@ -32,7 +32,7 @@ class Allocation:
             whole denoiser (multiply-accumulates for one sample).
         scope: ``"uniform"`` takes the same fraction from every group; ``"global"`` ranks the channels of all groups by
             their score over the mean score of their group, so that groups of many weak channels lose more.
-        round_to: Kept widths are multiples of this; a group narrower than it stays whole.
+        round_to: Kept widths are multiples of this; a group no wider than it stays whole.
         min_width: Channels that every group keeps at least, or, as a float in (0, 1), the fraction of its width.
         heads: ``"equal"`` narrows all heads of an attention by the same number; ``"whole"`` removes whole heads where
             the module can be told how many it has, and narrows the others.
@@ -207,16 +207,15 @@ class Budget:
 
     def explain_miss(self, mask: TicketMask, sparsity: float) -> str | None:
         """What is possible instead, where a mask misses its sparsity by more than one percent of it; None elsewhere."""
-        achieved = self.achieved(mask)
-        if abs(achieved - sparsity) <= TOLERANCE * sparsity:
+        if not self.misses(mask, sparsity):
             return None
         narrow = sum(not ladder.steps for ladder in self._ladders)
         held = f" {narrow} of {len(self._ladders)} layers have no step to lose and stay whole." if narrow else ""
         return (
-            f"sparsity={sparsity:g} of the {self.allocation.target} cannot be met: {achieved:.4g} is what steps of "
-            f"round_to={self.allocation.round_to} channels come to, and {self.most:.4g} is the most that can be "
-            f"removed, with every layer at its minimum.{held} Use a smaller round_to or min_width, or ask for that "
-            "sparsity."
+            f"sparsity={sparsity:g} of the {self.allocation.target} cannot be met: {self.achieved(mask):.4g} is what "
+            f"steps of round_to={self.allocation.round_to} channels come to, shared out with "
+            f"scope={self.allocation.scope!r}, and {self.most:.4g} is the most that can be removed, with every layer "
+            f"at its minimum.{held} Use a smaller round_to or min_width, or ask for that sparsity."
         )
 
     def _by_score(self, scores: list[Tensor]) -> Tensor:

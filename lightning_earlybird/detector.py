@@ -51,7 +51,7 @@ class EarlyBirdDetector(pl.Callback):
     and that the largest loss is that of the region which the ticket will serve.
 
     Args:
-        sparsities: Fractions of channels to remove, each in (0, 1).
+        sparsities: Fractions to remove, of channels unless ``target`` says otherwise, each in (0, 1).
         denoiser: Dotted name of the denoiser in the LightningModule; None finds it by watching the first training
             batch.
         every_n_epochs: Check at the end of every so many epochs.
@@ -169,6 +169,9 @@ class EarlyBirdDetector(pl.Callback):
         self._served_partition: TimestepPartition | None = None
         self._scorer = self._new_scorer()
         self._warned_of_inertia = False
+        self._fitting = True
+        self._saved_settings: dict[str, Any] = {}
+        self._missed: set[float] = set()  # sparsities that cannot be met, as has been said
         self._unfollow: Callable[[], None] | None = None
 
     # --- outcomes
@@ -250,7 +253,7 @@ class EarlyBirdDetector(pl.Callback):
             self._search = self._new_search()
             self._scorer = self._new_scorer()
             self.found, self._finished, self._last_check_step = None, False, -1
-            self._warned_of_inertia = False
+            self._warned_of_inertia, self._missed, self._saved_settings = False, set(), {}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -372,6 +375,8 @@ class EarlyBirdDetector(pl.Callback):
 
         Raises:
             NonFiniteWeightsError: If a parameter of the denoiser, or a gradient, is NaN or infinite.
+        A sparsity that the masks miss is warned about, once.
+
             ValueError: If a callable criterion does not give one finite score for each channel.
         """
         assert self.found is not None
@@ -386,6 +391,10 @@ class EarlyBirdDetector(pl.Callback):
             masks[key] = self.budget.draw(scores[index], sparsity_of(key))
         return masks
 
+            miss = self.budget.explain_miss(masks[key], sparsity_of(key))
+            if miss is not None and sparsity_of(key) not in self._missed:  # once: regions of one sparsity miss it alike
+                self._missed.add(sparsity_of(key))
+                rank_zero_warn(miss)
     @property
     def budget(self) -> Budget:
         """What a sparsity counts in the denoiser that was found; it draws the masks."""
@@ -485,12 +494,7 @@ class EarlyBirdDetector(pl.Callback):
             self.found = FoundDenoiser.trace(pl_module, call)
             check_supported(trainer, pl_module, call.name)
             if not self._search.started:
-                masks = self.draw(trainer, pl_module)
-                misses = [self.budget.explain_miss(mask, sparsity_of(key)) for key, mask in masks.items()]
-                for miss in dict.fromkeys(misses):  # regions of one sparsity miss it alike
-                    if miss is not None:
-                        rank_zero_warn(miss)
-                log_metrics(trainer, self._search.start(masks, trainer.global_step))
+                log_metrics(trainer, self._search.start(self.draw(trainer, pl_module), trainer.global_step))
         elif self.found.call.name != call.name:
             raise MisconfigurationException(
                 f"denoiser=None: {self.found.call.name!r} was called with samples and one value each before the first "
@@ -502,6 +506,7 @@ class EarlyBirdDetector(pl.Callback):
         if self._probe is not None:
             self._probe.stop()
             self._probe = None
+            self._check_steps(call.name)
 
     def _leave_checkpoints(self) -> None:
         if self._unfollow is not None:
@@ -511,16 +516,10 @@ class EarlyBirdDetector(pl.Callback):
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser) -> None:
         ((key, mask),) = self.masks.items()
         partition = TimestepPartition.whole(sparsity_of(key))
-            self._check_steps(call.name)
         ensemble = convert(
             trainer,
             pl_module,
             found,
-            partition,
-            [mask],
-            {partition.regions[0]: self.emerged[key]},
-            target=self.budget.allocation.target,
-            norm=self.norm or "shrink",
     def _check_steps(self, name: str) -> None:
         """Refuse a rounding or a minimum under which no layer at all can lose anything."""
         partition, allocation = self._served_partition, self.budget.allocation
@@ -538,6 +537,11 @@ class EarlyBirdDetector(pl.Callback):
             rank_zero_info("EarlyBirdDetector: the module holds tickets already; there is nothing to search for.")
             self.finish()
 
+            partition,
+            [mask],
+            {partition.regions[0]: self.emerged[key]},
+            target=self.budget.allocation.target,
+            norm=self.norm or "shrink",
         )
         self.finish()
         assert ensemble.record is not None

@@ -76,9 +76,9 @@ class TimestepAwarePruner(pl.Callback):
         on_search_limit: ``"prune"`` takes the masks of that moment; ``"raise"`` stops with :class:`SearchLimitError`.
         rewind: ``"init"`` gives the tickets the initial weights under their masks, with fresh optimizer state (the
             lottery-ticket control); None keeps what the dense denoiser has learned.
-        round_to: Kept widths are multiples of this (8 is what tensor cores like); a layer narrower than it stays whole.
+        round_to: Kept widths are multiples of this (8 is what tensor cores like); a layer no wider than it stays whole.
         target: What sparsity is the fraction of: ``"channels"`` that can be pruned, or ``"params"`` or ``"macs"`` of
-            the whole denoiser. What cannot be met to one percent is told at the start, with what is possible.
+            the whole denoiser. What cannot be met to one percent is warned about, with what is possible.
         scope: ``"uniform"`` takes the same fraction from every layer; ``"global"`` ranks the channels of all layers by
             their score over the mean score of their layer, so that layers of many weak channels lose more.
         min_width: Channels that every layer keeps at least, or, as a float in (0, 1), the fraction of its width.

@@ -1,6 +1,7 @@
 """The detector in real fits: when it checks, what it draws, what it decides, and what it leaves alone."""
 
 import csv
+import itertools
 import math
 from copy import deepcopy
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 import lightning_earlybird.conversion
 from lightning_earlybird import EarlyBirdDetector, NonFiniteWeightsError, TicketEnsemble, TimestepAwarePruner
+from lightning_earlybird.structure import ChannelPlan
 
 FALLING = (0, 1, 2, 3, 4, 5, 6, 7)
 RISING = FALLING[::-1]
@@ -124,9 +126,37 @@ def test_kept_widths_are_multiples_of_eight_where_nothing_else_is_said() -> None
 
 
 def test_a_sparsity_that_cannot_be_met_is_said_before_training() -> None:
-    message = r"sparsity=0.5 of the channels cannot be met: 0 is what steps of round_to=8 .* 1 of 1 layers have no step"
+    message = r"sparsity=0.5 of the channels cannot be met: 0.3333 is what steps of round_to=16 .* 0.3333 is the most"
     with pytest.warns(UserWarning, match=message):
-        fit(Lit(Mlp), EarlyBirdDetector([0.5]), max_epochs=1)
+        fit(Lit(lambda: Mlp(24)), EarlyBirdDetector([0.5], round_to=16), max_epochs=1)
+
+
+def test_a_sparsity_that_global_ranking_misses_only_later_is_said_then_and_once(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    calls, seen = itertools.count(), []
+
+    def rank(network: nn.Module, plan: ChannelPlan) -> Tensor:
+        # Alike in both groups when it is tried; at the checks one group has all the weak channels.
+        return torch.cat([torch.arange(32.0), torch.arange(32.0) if next(calls) == 0 else torch.ones(32)])
+
+    def missed() -> list[str]:
+        return [str(warning.message) for warning in recwarn if "cannot be met" in str(warning.message)]
+
+    detector = detector_for([0.25], criterion=rank, target="params", scope="global", every_n_train_steps=2)
+    fit(Lit(lambda: ConvNet(32)), detector, OnStep(lambda *_: seen.append(len(missed()))), max_epochs=1)
+    assert seen == [0, 1, 1, 1] and "shared out with scope='global'" in missed()[0]
+
+
+@pytest.mark.parametrize("settings", [{"round_to": 8}, {"round_to": 1, "min_width": 8}])
+def test_a_rounding_or_minimum_under_which_nothing_can_go_is_refused_before_anything_is_learned(settings: Any) -> None:
+    message = (
+        r"denoiser='model': with round_to=\d and min_width=\d no layer can lose a channel, as the widest .* has 8\."
+    )
+    module = Lit(Mlp)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, EarlyBirdDetector([0.5], **settings), max_epochs=1)
+    assert len(module.losses) == 1
 
 
 @pytest.mark.parametrize("window", [2, 3, 5])
@@ -317,6 +347,29 @@ def test_a_pruned_fit_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     assert again.model.tickets[0].hidden.weight.shape == (8, 8, 3, 3)
 
 
+def test_what_a_traditional_ticket_lost_is_logged_beside_what_was_asked_for(tmp_path: Path) -> None:
+    module, settings = Lit(), {"target": "params", "norm": "exact", "heads": "whole", "round_to": 1}
+    logger = CSVLogger(tmp_path, name="", version="")
+    detector = detector_for([0.5], on_emergence="prune", window=2, threshold=1.0, **settings)
+    fit(module, detector, max_epochs=1, logger=logger)
+    (fact,) = module.model.record.facts
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = (row for row in csv.DictReader(file) if row["earlybird/switch_step"])
+    assert fact.target == "params" and fact.achieved_parameters == pytest.approx(0.5, rel=0.01)
+    assert float(row["ticket_0/sparsity"]) == 0.5 and float(row["earlybird/switch_step"]) == 2
+    assert float(row["ticket_0/parameters_removed"]) == fact.achieved_parameters
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_detector_that_only_watches_ends_its_search_when_another_one_prunes(first: bool) -> None:
+    watching = detector_for([0.25], window=20)
+    pruning = detector_for([0.5], on_emergence="prune", window=2, threshold=1.0)
+    module = Lit()
+    trainer = fit(module, *([watching, pruning] if first else [pruning, watching]), max_epochs=2)
+    assert isinstance(module.model, TicketEnsemble) and trainer.global_step == 8
+    assert watching.found is None and steps_of(watching, 0.25) == [1, 2]
+
+
 def test_a_module_that_is_pruned_already_is_not_pruned_again(tmp_path: Path) -> None:
     module = Lit()
     pruned(module, tmp_path, max_epochs=3)
@@ -347,29 +400,6 @@ def test_every_check_is_logged_with_its_distances_and_the_null_line_once(tmp_pat
             ("distance_from_init", [check.from_start for check in checks]),
             ("distance_to_half", [check.from_half for check in checks]),
         ):
-def test_what_a_traditional_ticket_lost_is_logged_beside_what_was_asked_for(tmp_path: Path) -> None:
-    module, settings = Lit(), {"target": "params", "norm": "exact", "heads": "whole", "round_to": 1}
-    logger = CSVLogger(tmp_path, name="", version="")
-    detector = detector_for([0.5], on_emergence="prune", window=2, threshold=1.0, **settings)
-    fit(module, detector, max_epochs=1, logger=logger)
-    (fact,) = module.model.record.facts
-    with (tmp_path / "metrics.csv").open() as file:
-        (row,) = (row for row in csv.DictReader(file) if row["earlybird/switch_step"])
-    assert fact.target == "params" and fact.achieved_parameters == pytest.approx(0.5, rel=0.01)
-    assert float(row["ticket_0/sparsity"]) == 0.5 and float(row["earlybird/switch_step"]) == 2
-    assert float(row["ticket_0/parameters_removed"]) == fact.achieved_parameters
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_detector_that_only_watches_ends_its_search_when_another_one_prunes(first: bool) -> None:
-    watching = detector_for([0.25], window=20)
-    pruning = detector_for([0.5], on_emergence="prune", window=2, threshold=1.0)
-    module = Lit()
-    trainer = fit(module, *([watching, pruning] if first else [pruning, watching]), max_epochs=2)
-    assert isinstance(module.model, TicketEnsemble) and trainer.global_step == 8
-    assert watching.found is None and steps_of(watching, 0.25) == [1, 2]
-
-
             # Lightning counts the step under way, from zero.
             expected = {c.step - 1: v for c, v in zip(checks, values, strict=True) if v is not None}
             assert column(f"earlybird/{metric}/{sparsity:g}") == pytest.approx(expected)
