@@ -440,6 +440,13 @@ class EarlyBirdDetector(pl.Callback):
         self._served = {"denoiser": denoiser, "allocation": asdict(allocation)}
         self._served_partition = partition
         fresh = self._new_search()
+        unsought = [sparsity for sparsity in self.sparsities if sparsity not in map(sparsity_of, fresh.windows)]
+        if unsought:
+            rank_zero_warn(
+                f"sparsities={list(self.sparsities)}: criterion={self.criterion!r} draws masks by region, and no "
+                f"region of the TimestepAwarePruner has {unsought}, which will not be searched for. Leave them out, or "
+                "give them to an EarlyBirdDetector of their own."
+            )
         if not self._search.started and list(fresh.windows) != list(self._search.windows):
             self._search = fresh
 

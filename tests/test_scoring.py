@@ -149,6 +149,14 @@ def test_regions_that_stay_dense_have_no_masks_and_one_of_its_sparsity_goes_by_t
     assert [mask.flat().tolist() for mask in module.model.record.masks] == [[True] * 8, SECOND_HALF]
 
 
+def test_sparsities_that_no_region_has_are_not_searched_by_region_and_this_is_said(tmp_path: Path) -> None:
+    detector = detector_for(sparsities=[0.5, 0.75])
+    message = r"sparsities=\[0.5, 0.75\]: criterion='taylor' draws masks by region, and no region .* has \[0.75\]"
+    with pytest.warns(UserWarning, match=message):
+        fit(Lit(Gated, frozen_sgd), detector, pruner_for(tmp_path), max_epochs=2)
+    assert list(detector.distances) == HALVES
+
+
 def test_without_regions_taylor_scores_are_over_the_whole_axis_and_masks_go_by_sparsity() -> None:
     detector = detector_for(sparsities=[0.5, 0.25])
     fit(Lit(Gated, frozen_sgd), detector, max_epochs=1)
