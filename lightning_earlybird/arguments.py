@@ -1,6 +1,8 @@
 """Checks of constructor arguments that callbacks share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 def check_positive(**values: int | None) -> None:
@@ -22,3 +24,21 @@ def check_choice(name: str, value: object, known: Sequence[object]) -> None:
     """
     if value not in known:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")
+
+
+def check_resumed(given: Mapping[str, object], saved: Mapping[str, object]) -> None:
+    """Refuse to go on from a checkpoint under other settings than those that its masks or tickets were made under.
+
+    Args:
+        given: Argument name -> value of the callback that is resumed.
+        saved: The same from the checkpoint; what it lacks is not compared.
+
+    Raises:
+        MisconfigurationException: The message names the argument.
+    """
+    for name, value in given.items():
+        if name in saved and saved[name] != value:
+            raise MisconfigurationException(
+                f"{name}={value!r} does not fit the checkpoint, whose masks and tickets were made with "
+                f"{name}={saved[name]!r}. Resume with that value, or begin a new training."
+            )

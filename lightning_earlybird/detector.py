@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_positive
+from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
 from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
@@ -238,7 +238,8 @@ class EarlyBirdDetector(pl.Callback):
         if self.on_emergence == "prune":
             self._leave_checkpoints()
             self._unfollow = follow_checkpoints(trainer, pl_module)
-        if stage != "fit":
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
         check_supported(trainer, pl_module)
         if self._scorer.gradients is not None:
@@ -259,6 +260,7 @@ class EarlyBirdDetector(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._denoiser is not None:  # not in `setup`, which comes before the module's own and `configure_model`
             check_name(pl_module, self._denoiser)
+        check_resumed(self._settings, self._saved_settings)
         check_supported(trainer, pl_module, None if self._finished else self._denoiser)
 
     @override
@@ -277,13 +279,13 @@ class EarlyBirdDetector(pl.Callback):
         if self.on_emergence == "prune" and self._search.done and self.found is not None:
             # Not in the hook of the check: validation and checkpoints of that step hold the dense denoiser's scores.
             self._prune(trainer, pl_module, self.found)
+        if self.found is None:
+            self._finish_if_replaced(pl_module)
         if self.found is None and not self._finished:
             self._stop_probe()  # that of a batch that was skipped
             self._probe = DenoiserProbe(pl_module, self._denoiser)
             self._probe.start()
 
-        if self.found is None:
-            self._finish_if_replaced(pl_module)
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._find_before_learning(trainer, pl_module)
@@ -343,12 +345,12 @@ class EarlyBirdDetector(pl.Callback):
         Once for an optimizer step: with accumulation several batches share one, and the first of them has checked it.
         """
         step = trainer.global_step
+        self._finish_if_replaced(pl_module)
         if self.found is None or self._finished or step == self._last_check_step:
             return
         self._last_check_step = step
         masks = self.draw(trainer, pl_module)
         checks = self._search.push(masks, step)
-        self._finish_if_replaced(pl_module)
         if self.weights == "ema" and any(check.distance is not None for check in checks.values()):
             self._warn_of_inertia(trainer)
         metrics = named_metrics(checks)
@@ -373,10 +375,10 @@ class EarlyBirdDetector(pl.Callback):
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[SearchKey, TicketMask]:
         """One mask per sparsity or region from the present weights; nothing is recorded.
 
-        Raises:
-            NonFiniteWeightsError: If a parameter of the denoiser, or a gradient, is NaN or infinite.
         A sparsity that the masks miss is warned about, once.
 
+        Raises:
+            NonFiniteWeightsError: If a parameter of the denoiser, or a gradient, is NaN or infinite.
             ValueError: If a callable criterion does not give one finite score for each channel.
         """
         assert self.found is not None
@@ -389,20 +391,18 @@ class EarlyBirdDetector(pl.Callback):
         for key in self.windows:
             index = regions.regions.index(key) if isinstance(key, TimestepRegion) and regions is not None else 0
             masks[key] = self.budget.draw(scores[index], sparsity_of(key))
-        return masks
-
             miss = self.budget.explain_miss(masks[key], sparsity_of(key))
             if miss is not None and sparsity_of(key) not in self._missed:  # once: regions of one sparsity miss it alike
                 self._missed.add(sparsity_of(key))
                 rank_zero_warn(miss)
+        return masks
+
     @property
     def budget(self) -> Budget:
         """What a sparsity counts in the denoiser that was found; it draws the masks."""
         assert self.found is not None
         if self._budget is None or self._budget.plan is not self.found.plan:
-            self._budget = Budget(
-                self.found.plan, Allocation(**{**self._served.get("allocation", {}), **self._given()})
-            )
+            self._budget = Budget(self.found.plan, self._allocation)
         return self._budget
 
     def serve(
@@ -479,6 +479,17 @@ class EarlyBirdDetector(pl.Callback):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
+    def _allocation(self) -> Allocation:
+        return Allocation(**{**self._served.get("allocation", {}), **self._given()})
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What masks depend on besides the weights, in plain types."""
+        criterion = self.criterion if isinstance(self.criterion, str) else "callable"
+        weights = "raw" if self.weights == "auto" else self.weights
+        return {"criterion": criterion, "weights": weights, **asdict(self._allocation)}
+
+    @property
     def _denoiser(self) -> str | None:
         return self.denoiser or self._served.get("denoiser")
 
@@ -500,6 +511,7 @@ class EarlyBirdDetector(pl.Callback):
         if self.found is None:
             self.found = FoundDenoiser.trace(pl_module, call)
             check_supported(trainer, pl_module, call.name)
+            self._check_steps(call.name)
             if not self._search.started:
                 log_metrics(trainer, self._search.start(self.draw(trainer, pl_module), trainer.global_step))
         elif self.found.call.name != call.name:
@@ -509,24 +521,6 @@ class EarlyBirdDetector(pl.Callback):
                 f"denoiser={call.name!r}."
             )
 
-    def _stop_probe(self) -> None:
-        if self._probe is not None:
-            self._probe.stop()
-            self._probe = None
-            self._check_steps(call.name)
-
-    def _leave_checkpoints(self) -> None:
-        if self._unfollow is not None:
-            self._unfollow()
-            self._unfollow = None
-
-    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser) -> None:
-        ((key, mask),) = self.masks.items()
-        partition = TimestepPartition.whole(sparsity_of(key))
-        ensemble = convert(
-            trainer,
-            pl_module,
-            found,
     def _check_steps(self, name: str) -> None:
         """Refuse a rounding or a minimum under which no layer at all can lose anything."""
         partition, allocation = self._served_partition, self.budget.allocation
@@ -544,6 +538,23 @@ class EarlyBirdDetector(pl.Callback):
             rank_zero_info("EarlyBirdDetector: the module holds tickets already; there is nothing to search for.")
             self.finish()
 
+    def _stop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.stop()
+            self._probe = None
+
+    def _leave_checkpoints(self) -> None:
+        if self._unfollow is not None:
+            self._unfollow()
+            self._unfollow = None
+
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: FoundDenoiser) -> None:
+        ((key, mask),) = self.masks.items()
+        partition = TimestepPartition.whole(sparsity_of(key))
+        ensemble = convert(
+            trainer,
+            pl_module,
+            found,
             partition,
             [mask],
             {partition.regions[0]: self.emerged[key]},
@@ -557,6 +568,7 @@ class EarlyBirdDetector(pl.Callback):
             f"{ticket_table(ensemble.record.facts)}"
         )
         log_ticket_table(trainer, "earlybird/tickets", ensemble.record.facts)
+        log_metrics(trainer, {"earlybird/switch_step": trainer.global_step, **ticket_metrics(ensemble.record.facts)})
 
     def _announce(self, key: SearchKey, check: MaskCheck) -> None:
         inertia = ""
@@ -584,6 +596,7 @@ class EarlyBirdDetector(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "format_version": 1,
+            "settings": self._settings,
             "search": self._search.state_dict(),
             "last_check_step": self._last_check_step,
             "finished": self._finished,
@@ -591,7 +604,9 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._fitting:
+            return  # tests and predictions search for nothing, and no pruner has said by what regions
+        self._saved_settings = state_dict.get("settings", {})
         self._search.load_state_dict(state_dict["search"])
         self._last_check_step = state_dict["last_check_step"]
         self._finished = state_dict["finished"]
-        log_metrics(trainer, {"earlybird/switch_step": trainer.global_step, **ticket_metrics(ensemble.record.facts)})

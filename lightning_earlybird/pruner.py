@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_positive
+from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
 from lightning_earlybird.budget import Allocation, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
@@ -31,8 +32,8 @@ from lightning_earlybird.reporting import (
     log_metrics,
     log_ticket_table,
     overlap_figure,
-    ticket_table,
     ticket_metrics,
+    ticket_table,
 )
 from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.search import SearchKey, describe, short_name
@@ -137,11 +138,15 @@ class TimestepAwarePruner(pl.Callback):
             self._partition = TimestepPartition.of(regions, overlap)
         else:
             self._saved = Path(regions)
-            for name, value in (("overlap", overlap), ("max_search_steps", max_search_steps), ("rewind", rewind)):
-                if value:
+            settings = {"overlap": overlap, "max_search_steps": max_search_steps, "rewind": rewind, "norm": norm}
+            settings |= asdict(self._allocation)
+            defaults = {"overlap": 0, "max_search_steps": None, "rewind": None, "norm": "shrink"}
+            defaults |= asdict(Allocation())
+            for name, value in settings.items():
+                if value != defaults[name]:
                     raise ValueError(
                         f"{name}={value!r} has no effect on the tickets saved in regions={str(regions)!r}, which bring "
-                        "their regions, overlap and weights. Leave it at its default."
+                        "their regions, overlap and networks. Leave it at its default."
                     )
         self.regions = regions
         self.denoiser = denoiser
@@ -161,6 +166,7 @@ class TimestepAwarePruner(pl.Callback):
         self.facts: tuple[TicketFacts, ...] = ()
         self.switched_at: int | None = None
         self.directory: Path | None = None
+        self._saved_settings: dict[str, Any] = {}
         self._initial: dict[str, Tensor] | None = None
         self._seen: FoundDenoiser | None = None
         self._loss = SwitchLoss()
@@ -182,6 +188,7 @@ class TimestepAwarePruner(pl.Callback):
         check_supported(trainer, pl_module)
         if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
+            self._saved_settings = {}
         if self._partition is not None:
             self._take_detector(trainer, pl_module, self._partition)
             if trainer.world_size == 1 and any(region.max_steps for region in self._partition):
@@ -199,6 +206,7 @@ class TimestepAwarePruner(pl.Callback):
         # Where there is a detector it looks at the same, and knows the denoiser.
         if self.denoiser is not None:
             check_name(pl_module, self.denoiser)
+        check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
 
     @override
@@ -415,12 +423,23 @@ class TimestepAwarePruner(pl.Callback):
 
     # --- state
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What tickets are made by besides their regions, in plain types; saved ones bring their own."""
+        return {} if self._partition is None else {**asdict(self._allocation), "norm": self.norm}
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"format_version": 1, "switched_at": self.switched_at, "initial_weights": self._initial}
+        return {
+            "format_version": 1,
+            "settings": self._settings,
+            "switched_at": self.switched_at,
+            "initial_weights": self._initial,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_settings = state_dict.get("settings", {})
         self.switched_at = state_dict["switched_at"]
         self._initial = state_dict["initial_weights"]
 

@@ -1,8 +1,9 @@
 """Checks of constructor arguments."""
 
 import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_earlybird.arguments import check_choice, check_positive
+from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
 
 
 def test_positive_integers_and_none_pass() -> None:
@@ -19,3 +20,10 @@ def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
     check_choice("weights", "raw", ("raw", "ema"))
     with pytest.raises(ValueError, match="weights='mean' must be one of 'raw', 'ema'"):
         check_choice("weights", "mean", ("raw", "ema"))
+
+
+def test_only_settings_that_a_checkpoint_knows_otherwise_are_refused() -> None:
+    check_resumed({"target": "macs", "norm": "exact"}, {"target": "macs", "round_to": 8})
+    message = "target='macs' does not fit the checkpoint, whose .* made with target='params'. Resume with that value"
+    with pytest.raises(MisconfigurationException, match=message):
+        check_resumed({"norm": "exact", "target": "macs"}, {"target": "params"})

@@ -341,3 +341,52 @@ def test_a_module_without_the_callbacks_keeps_lightnings_own_error(tmp_path: Pat
         fit(module, max_epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not isinstance(module.model, nn.ModuleList)
+
+
+@pytest.fixture(scope="module")
+def sides_of_a_switch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of one fit: step=4.ckpt of the search, step=8.ckpt of its tickets."""
+    path = tmp_path_factory.mktemp("sides")
+    saving = ModelCheckpoint(path, filename="{step}", save_top_k=-1, enable_version_counter=False)
+    fit(Lit(), *masking(path), saving, max_epochs=2, enable_checkpointing=True)
+    return path
+
+
+def masking(path: Path, criterion: str = "magnitude", **settings: Any) -> list[pl.Callback]:
+    detector = EarlyBirdDetector([0.25, 0.5], criterion=criterion, every_n_train_steps=3, window=2, threshold=1.0)
+    return [detector, TimestepAwarePruner(REGIONS, **({"round_to": 4, "dirpath": path / "tickets"} | settings))]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"criterion": "random"},
+        {"target": "macs"},
+        {"scope": "global"},
+        {"round_to": 8},
+        {"min_width": 4},
+        {"heads": "whole"},
+        {"norm": "exact"},
+    ],
+)
+def test_a_fit_does_not_resume_under_other_settings_than_its_masks_were_made_with(
+    step: int, settings: dict[str, Any], sides_of_a_switch: Path, tmp_path: Path
+) -> None:
+    ((name, value),) = settings.items()
+    module = Lit()
+    with pytest.raises(MisconfigurationException, match=f"{name}={value!r} does not fit the checkpoint, .* {name}="):
+        fit(module, *masking(tmp_path, **settings), max_epochs=3, ckpt_path=sides_of_a_switch / f"step={step}.ckpt")
+    assert module.losses == []
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_fit_resumes_from_a_checkpoint_that_says_nothing_of_settings(
+    step: int, sides_of_a_switch: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(sides_of_a_switch / f"step={step}.ckpt", weights_only=True)
+    states = [state for state in checkpoint["callbacks"].values() if state.pop("settings", None)]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    detector, pruner = masking(tmp_path)
+    fit(Lit(), detector, pruner, max_epochs=3, ckpt_path=tmp_path / "old.ckpt")
+    assert len(states) == 2 and pruner.switched_at == 6 and detector.emerged == {0.25: 6, 0.5: 6}

@@ -723,6 +723,7 @@ def test_the_table_counts_what_is_there(tmp_path: Path, caplog) -> None:
         # 16 positions, kernels of nine: conv_in, hidden, conv_out; and the time embedding.
         assert fact.macs == tuple(16 * 9 * (w + w * w + w) + w for w in (16, width))
         removed = 1 - parameters[1] / parameters[0]
+        assert float(row[f"ticket_{index}/sparsity"]) == fact.region.sparsity
         assert float(row[f"ticket_{index}/parameters_removed"]) == pytest.approx(removed)
         assert float(row[f"ticket_{index}/channels_removed"]) == 1 - width / 16
         assert float(row[f"ticket_{index}/macs_removed"]) == pytest.approx(fact.achieved_macs)
@@ -732,7 +733,6 @@ def test_the_table_counts_what_is_there(tmp_path: Path, caplog) -> None:
 
 def test_the_loss_on_both_sides_of_the_switch_is_logged(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-        assert float(row[f"ticket_{index}/sparsity"]) == fact.region.sparsity
     module = Lit()
     fit(module, quick(), pruner_in(tmp_path), max_epochs=16, logger=logger)
     with (tmp_path / "metrics.csv").open() as file:
@@ -930,7 +930,20 @@ def test_arguments_out_of_range_are_refused(settings: dict[str, Any], message: s
         TimestepAwarePruner(**({"regions": REGIONS} | settings))
 
 
-@pytest.mark.parametrize("setting", [{"overlap": 20}, {"max_search_steps": 5}, {"rewind": "init"}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"overlap": 20},
+        {"max_search_steps": 5},
+        {"rewind": "init"},
+        {"target": "macs"},
+        {"scope": "global"},
+        {"round_to": 4},
+        {"min_width": 2},
+        {"heads": "whole"},
+        {"norm": "exact"},
+    ],
+)
 def test_saved_tickets_refuse_settings_that_would_do_nothing(setting: dict[str, Any]) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=f"{name}={value!r} has no effect on the tickets saved in regions='tickets'"):
@@ -956,6 +969,19 @@ def test_strategies_that_shard_parameters_are_refused_before_training(strategy, 
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(module, loader(module), loader(module))
     assert module.losses == []
+
+
+def test_a_module_that_leaves_the_meta_device_in_time_is_pruned(tmp_path: Path) -> None:
+    class Later(Lit):
+        def configure_model(self) -> None:
+            if self.model.hidden.weight.is_meta:
+                self.model.to_empty(device="cpu")
+                self.model.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
+
+    module, pruner = Later(), pruner_in(tmp_path)
+    module.model.to("meta")
+    fit(module, quick(), pruner, max_epochs=2)
+    assert pruner.switched_at == SWITCH
 
 
 def test_a_denoiser_that_does_not_exist_is_refused_before_training(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torchmetrics
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from modules import ConvNet, Lit, Mlp, OnStep, Repeatable, Tutorial, fit, frozen_sgd
+from modules import ConvNet, Lit, Mlp, OnStep, Repeatable, Tutorial, fit, frozen_sgd, loader, quiet_trainer
 from torch import Tensor, nn
 
 from lightning_earlybird import (
@@ -538,6 +538,17 @@ def test_a_fit_resumes_after_its_switch_with_what_had_emerged_by_region(tmp_path
     trainer, resumed, again = run(2, "second", ckpt_path=tmp_path / "after.ckpt")
     assert trainer.global_step == 8 and resumed.emerged == detector.emerged and list(resumed.emerged) == HALVES
     assert again.facts == pruner.facts and resumed.ticket(LATE).distance(detector.ticket(LATE)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_checkpoint_of_a_search_by_region_can_be_tested_with_both_callbacks(first: bool, tmp_path: Path) -> None:
+    trainer = fit(Lit(Gated, frozen_sgd), detector_for(window=2), pruner_for(tmp_path), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    module, callbacks = Lit(Gated), [detector_for(window=2), TimestepAwarePruner(HALVES)]
+    tester = quiet_trainer(*(callbacks if first else reversed(callbacks)))
+    tester.test(module, loader(module), ckpt_path=tmp_path / "after.ckpt", verbose=False)
+    assert isinstance(module.model, TicketEnsemble) and len(module.model.record.facts) == 2
 
 
 def test_a_traditional_ticket_can_be_found_by_taylor_scores(tmp_path: Path) -> None:
