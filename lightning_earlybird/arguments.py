@@ -26,6 +26,16 @@ def check_choice(name: str, value: object, known: Sequence[object]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")
 
 
+def check_fraction(name: str, value: object, meaning: str) -> None:
+    """Refuse what is no number in [0, 1].
+
+    Raises:
+        ValueError: The message names the argument and says what it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must lie in [0, 1]: it is {meaning}.")
+
+
 def check_resumed(given: Mapping[str, object], saved: Mapping[str, object]) -> None:
     """Refuse to go on from a checkpoint under other settings than those that its masks or tickets were made under.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
+from lightning_earlybird.arguments import check_choice, check_fraction, check_positive, check_resumed
 from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
@@ -121,17 +121,9 @@ class EarlyBirdDetector(pl.Callback):
         super().__init__()
         check_positive(every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps, round_to=round_to)
         check_positive(window=window, score_batches=score_batches)
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-            raise ValueError(f"threshold={threshold!r} must be a number in [0, 1]: it is a mask distance.")
+        check_fraction("threshold", threshold, "a mask distance, a fraction of channels")
+        check_fraction("score_threshold", score_threshold, "a fraction of the largest loss")
         check_criterion(criterion)
-        if (
-            isinstance(score_threshold, bool)
-            or not isinstance(score_threshold, int | float)
-            or not 0 <= score_threshold <= 1
-        ):
-            raise ValueError(
-                f"score_threshold={score_threshold!r} must lie in [0, 1]: it is a fraction of the largest loss."
-            )
         check_choice("weights", weights, ("auto", "raw", "ema"))
         check_choice("on_emergence", on_emergence, ("continue", "stop", "prune"))
         self._search = TicketSearch(sparsities, window=window, threshold=threshold)

@@ -3,7 +3,7 @@
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
+from lightning_earlybird.arguments import check_choice, check_fraction, check_positive, check_resumed
 
 
 def test_positive_integers_and_none_pass() -> None:
@@ -20,6 +20,14 @@ def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
     check_choice("weights", "raw", ("raw", "ema"))
     with pytest.raises(ValueError, match="weights='mean' must be one of 'raw', 'ema'"):
         check_choice("weights", "mean", ("raw", "ema"))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), True, "0.5", None])
+def test_what_is_no_fraction_is_refused_by_name(value: object) -> None:
+    check_fraction("threshold", 0, "a distance")
+    check_fraction("threshold", 1.0, "a distance")
+    with pytest.raises(ValueError, match=rf"threshold={value!r} must lie in \[0, 1\]: it is a distance"):
+        check_fraction("threshold", value, "a distance")
 
 
 def test_only_settings_that_a_checkpoint_knows_otherwise_are_refused() -> None:
