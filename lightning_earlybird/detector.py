@@ -162,7 +162,6 @@ class EarlyBirdDetector(pl.Callback):
         self._scorer = self._new_scorer()
         self._warned_of_inertia = False
         self._fitting = True
-        self._saved_settings: dict[str, Any] = {}
         self._missed: set[float] = set()  # sparsities that cannot be met, as has been said
         self._unfollow: Callable[[], None] | None = None
 
@@ -246,13 +245,12 @@ class EarlyBirdDetector(pl.Callback):
             self._search = self._new_search()
             self._scorer = self._new_scorer()
             self.found, self._finished, self._last_check_step = None, False, -1
-            self._warned_of_inertia, self._missed, self._saved_settings = False, set(), {}
+            self._warned_of_inertia, self._missed = False, set()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._denoiser is not None:  # not in `setup`, which comes before the module's own and `configure_model`
             check_name(pl_module, self._denoiser)
-        check_resumed(self._settings, self._saved_settings)
         check_supported(trainer, pl_module, None if self._finished else self._denoiser)
 
     @override
@@ -598,7 +596,7 @@ class EarlyBirdDetector(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._fitting:
             return  # tests and predictions search for nothing, and no pruner has said by what regions
-        self._saved_settings = state_dict.get("settings", {})
+        check_resumed(self._settings, state_dict.get("settings", {}))
         self._search.load_state_dict(state_dict["search"])
         self._last_check_step = state_dict["last_check_step"]
         self._finished = state_dict["finished"]

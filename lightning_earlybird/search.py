@@ -111,12 +111,13 @@ class TicketSearch:
         """Inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: If the state is that of other sparsities.
+            ValueError: If the state is that of other sparsities or regions.
         """
         own, saved = [_plain(key) for key in self.windows], list(state["sparsities"])
         if own != saved:
+            name = "regions" if any(isinstance(key, TimestepRegion) for key in self.windows) else "sparsities"
             raise ValueError(
-                f"sparsities={own} differ from the checkpoint's {saved}. Resume with the sparsities, regions (here "
+                f"{name}={own} differ from the checkpoint's {saved}. Resume with the sparsities, regions (here "
                 "[start, stop, sparsity]) and criterion that the search began with."
             )
         keys = list(self.windows)

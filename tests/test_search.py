@@ -152,6 +152,10 @@ def test_the_state_of_a_search_by_region_survives_and_does_not_fit_another() -> 
     message = r"sparsities=\[0.5\] differ from the checkpoint's \[\[0, 300, 0.5\], .*regions .* and criterion that the"
     with pytest.raises(ValueError, match=message):
         TicketSearch([0.5], window=2, threshold=0.1).load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"regions=\[\[0, 300, 0.5\]\] differ from the checkpoint's \[\[0, 300, 0.5\], "
+    ):
+        by_region(EARLY, DENSE).load_state_dict(state)
 
 
 def test_a_state_that_was_written_by_sparsity_loads() -> None:
