@@ -130,6 +130,37 @@ def test_a_factor_computed_from_the_width_freezes_its_group_outside_norms(power:
     assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == {"a"}
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: nn.functional.silu(h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-6)),
+        lambda h: h * torch.sigmoid(h.mean(1, keepdim=True)),
+        lambda h: h - h.mean(1, keepdim=True),
+    ],
+    ids=["activation after a norm", "gate", "centred"],
+)
+def test_a_factor_is_no_norms_own_because_there_is_a_statistic_before_it(between: Any) -> None:
+    network = TwoLayers(lambda net, h: between(h) * h.shape[1] ** -0.5)
+
+    assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == {"a"}
+
+
+def test_a_factor_weighs_a_piece_of_a_concatenation_only_right_before_it() -> None:
+    class Joined(nn.Module):
+        def __init__(self, act: Any) -> None:
+            super().__init__()
+            self.act = act
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(16, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.c(torch.cat([self.act(h * h.shape[1] ** -0.5), self.b(x)], dim=1))
+
+    for act, frozen in ((nn.Identity(), set()), (nn.SiLU(), {"a"})):
+        network = Joined(act)
+        assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == frozen
+
+
 def test_a_width_written_into_the_code_freezes_its_group() -> None:
     network = TwoLayers(lambda net, h: h.view(2, 8, 8, 8))
 
