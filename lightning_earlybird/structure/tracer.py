@@ -19,9 +19,9 @@ from lightning_earlybird.structure.rules import CONTRACTIONS, MOVEMENTS, Call, O
 
 # What scales a tensor, and what a norm computes its factor with: whatever else happens to a statistic, it is no norm's.
 SCALINGS = frozenset(["mul", "div", "neg"])
-STATISTICAL_ALGEBRA = SCALINGS | frozenset(
-    ["add", "sub", "rsub", "sqrt", "rsqrt", "reciprocal", "pow", "square", "abs"]
-    + ["clamp", "clamp_min", "clamp_max", "maximum", "minimum", "_to_copy"]
+STATISTICAL_ALGEBRA = SCALINGS.union(
+    ["add", "sub", "rsub", "sqrt", "rsqrt", "reciprocal", "pow", "square", "abs", "_to_copy"],
+    ["clamp", "clamp_min", "clamp_max", "maximum", "minimum"],
 )
 
 

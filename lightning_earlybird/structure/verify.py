@@ -6,8 +6,8 @@ The dense network computes it with the same channels set to zero, and with its s
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord
-from lightning_earlybird.structure.crop import Call, smallest_call
+from lightning_earlybird.structure.crop import Call, OperationLog, smallest_call
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
+from lightning_earlybird.structure.modes import as_in_training, without_chance
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.preconditions import remedy
 from lightning_earlybird.structure.reference import (
@@ -34,9 +35,12 @@ from lightning_earlybird.structure.reference import (
     zeroed,
 )
 from lightning_earlybird.structure.running import undisturbed
+from lightning_earlybird.structure.trace import traced
+from lightning_earlybird.structure.tracer import ChannelTracer
 
 ROUNDS = 3  # searches for groups that fail, before giving up
 DOUBLED_UP_TO = 200_000_000  # parameters; above, copies in double precision would take gigabytes
+FAINT = 1e-4  # an output this much smaller than the largest counts as zero
 NARROW, FURTHER_DRAWS = 8, 3  # channels of a group up to which more masks are tried, and how many pairs of them
 
 
@@ -70,9 +74,10 @@ def verify_plan(
     Three things must hold. Channels that change places, everywhere alike, change nothing. Tickets of two complementary
     masks, so that every channel is once removed and once kept, compute what the dense network computes with the same
     channels zeroed; groups of few channels, where a wrong plan might pass by luck, are tried with more masks. And the
-    first of those tickets runs backward, in the modes that the network is in (a branch that only training takes must
-    fit as well). Where groups claim that whole heads can go, two further masks remove some: groups that fail these only
-    lose that claim, and groups that pass nothing else keep it.
+    first of those tickets runs backward, in the modes that the network is in, and where these compute something else
+    than evaluation does, the comparison holds there as well (dropout and noise apart). Where groups claim that whole
+    heads can go, two further masks remove some: groups that fail these only lose that claim, and groups that pass
+    nothing else keep it.
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float64 on the CPU: what a wrong plan changes may be small, accelerators round products, and all ranks must come to
@@ -152,6 +157,7 @@ class _Trial:
             self.keeps_modes = self._runs_in_its_modes()
             if not self.keeps_modes:
                 self.args, self.kwargs = cropped
+        self.training = self._trace_training() if self.keeps_modes else None
         self.whole = self._outputs(self.reference)  # only now: running statistics have moved
         self.scale = _largest(self.whole)
 
@@ -204,14 +210,17 @@ class _Trial:
             self.device, self.precision, self.tolerance = device, precision, max(tolerance, least)
             self.reference = randomised(model, self._moved, self.generator)
             self.args, self.kwargs = tree_map(self._moved, call)
+            originals = OperationLog(model)
             try:
-                with undisturbed(self.reference):
+                with undisturbed(self.reference), originals:
                     self._call(self.reference)
                 self._outputs(self.reference)
                 return
             except Exception:  # a network may insist on a precision or on its device
                 if (device, precision, least) == ways[-1]:
                     raise
+            finally:
+                _refuse_shared(model, originals.read())
 
     def _moved(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -227,17 +236,28 @@ class _Trial:
 
     def compare(self, plan: ChannelPlan, mask: TicketMask, *, backward: bool = True) -> tuple[float, str | None]:
         """Extract along one mask; relative error and what is wrong, None if nothing is."""
-        record = NumberRecord()
+        modes = [(True, plan, "")]
+        if backward and self.training is not None:
+            modes.append((False, as_in_training(plan, self.training), "in training, "))
+        records = [NumberRecord() for _ in modes]
         try:
             ticket = extract(self.reference, plan, mask)
-            actual = self._outputs(ticket, record)
+            actual = [
+                self._outputs(ticket, record, evaluate=evaluate)
+                for record, (evaluate, *_) in zip(records, modes, strict=True)
+            ]
             if backward:
                 self._backward(ticket)
         except Exception as problem:  # whatever user code raises on a narrower network is the finding
             return float("inf"), f"{type(problem).__name__}: {problem}"
-        numbers = {} if record.from_data else record.numbers
-        expected = self._outputs(zeroed(self.reference, plan, mask), Counterpart(plan, mask, numbers))
-        return self._difference(expected, actual, "")
+        dense, worst = zeroed(self.reference, plan, mask), 0.0
+        for record, found, (evaluate, traced_plan, when) in zip(records, actual, modes, strict=True):
+            counterpart = Counterpart(traced_plan, mask, {} if record.from_data else record.numbers)
+            error, finding = self._difference(self._outputs(dense, counterpart, evaluate=evaluate), found, when)
+            worst = max(worst, error)
+            if finding is not None:
+                return worst, finding
+        return worst, None
 
     def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
@@ -248,16 +268,27 @@ class _Trial:
             return float("inf"), "the output is not finite with random weights"
         # What a mask leaves of a few channels may well be zero.
         scale = _largest(expected) or self.scale
-        error = _largest([a - e for a, e in zip(actual, expected, strict=True)]) / scale
+        # Each output by its own size, so that larger ones do not hide it, unless there may be nothing but rounding.
+        least = scale * (FAINT if self.precision == torch.float64 else 1.0)
+        error = _largest([(a - e) / max(_largest([e]), least) for a, e in zip(actual, expected, strict=True)])
         return error, None if error <= self.tolerance else f"{when}the output differs by {error:.1e} (relative)"
 
     def _call(self, network: nn.Module) -> list[Tensor]:
-        exactly = unrounded() if self.precision == torch.float64 else nullcontext()
-        with torch.autocast(self.device.type, enabled=False), exactly:
+        with self._exactly():
             return _tensors(network(*self.args, **self.kwargs))
 
-    def _outputs(self, network: nn.Module, mode: AbstractContextManager[Any] | None = None) -> list[Tensor]:
-        with undisturbed(network), ChannelLocalNorms(), mode or nullcontext():
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        exactly = unrounded() if self.precision == torch.float64 else nullcontext()
+        with torch.autocast(self.device.type, enabled=False), exactly:
+            yield
+
+    def _outputs(
+        self, network: nn.Module, mode: AbstractContextManager[Any] | None = None, *, evaluate: bool = True
+    ) -> list[Tensor]:
+        """Of evaluation mode, or of the network's own modes, where nothing is left to chance."""
+        chance = nullcontext() if evaluate else without_chance()
+        with undisturbed(network, evaluate=evaluate), chance, ChannelLocalNorms(), mode or nullcontext():
             return self._call(network)
 
     def _runs_in_its_modes(self) -> bool:
@@ -269,11 +300,36 @@ class _Trial:
             return False
         return True
 
+    def _trace_training(self) -> ChannelTracer | None:
+        """What a trace in the network's own modes sees, where that computes something else than evaluation does."""
+        if not any(module.training for module in self.reference.modules()):
+            return None
+        logs = []
+        for evaluate in (True, False):
+            log, record = OperationLog(self.reference), NumberRecord()
+            with log:
+                self._outputs(self.reference, record, evaluate=evaluate)
+            logs.append((log.operations, record.numbers))
+        if logs[0] == logs[1]:
+            return None
+        with without_chance(), self._exactly():
+            return traced(self.reference, self.args, self.kwargs, watch_widths=False, evaluate=False)[0]
+
     def _backward(self, ticket: nn.Module) -> None:
         with undisturbed(ticket, evaluate=not self.keeps_modes), torch.enable_grad():
             outputs = [tensor for tensor in self._call(ticket) if tensor.requires_grad]
             if outputs:
                 torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
+
+
+def _refuse_shared(model: nn.Module, read: set[str]) -> None:
+    if read:
+        names = sorted(read)
+        raise StructureError(
+            f"denoiser: a copy of {type(model).__name__} still computes with {len(names)} tensors of the original "
+            f"({', '.join(names[:3])}), and so would tickets. The usual cause is a lambda or local function that holds "
+            "the network or a part of it: make it a method, a module or a functools.partial."
+        )
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:

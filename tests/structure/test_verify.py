@@ -274,6 +274,75 @@ def test_a_branch_that_only_training_takes_must_fit_as_well() -> None:
     assert verify_plan(network.eval(), plan, (IMAGE,)).failed == {}
 
 
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda h: h * h.shape[1] ** -0.5,
+        lambda h: h.roll(1, dims=1),
+        lambda h: torch.cat([h[:, :4] / 2, h[:, 4:]], dim=1),
+    ],
+    ids=["factor", "positions", "part"],
+)
+def test_what_only_training_computes_from_widths_or_positions_freezes_its_group(branch: Any) -> None:
+    network = TwoLayers(lambda net, h: branch(h) if net.training else h)
+    plan = trace_plan(network, (IMAGE,))
+
+    found = verify_plan(network.train(), plan, (IMAGE,)).failed
+    assert found["a"].startswith("in training, the output differs")
+    assert set(found) == {"a"}
+
+
+def test_chance_and_norms_of_training_are_held_against_no_group() -> None:
+    def between(net: Any, h: Tensor) -> Tensor:
+        h = net.norm(h)
+        if net.training:  # further operations of the kinds that come after, so that those are counted otherwise
+            h = h + torch.rand_like(h) * torch.empty(len(h), 1, 1, 1).bernoulli_(0.5).div_(0.5)
+        h = nn.functional.dropout2d(h, 0.5, net.training)
+        h = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + 1e-6)
+        return nn.functional.normalize(h.softmax(dim=1), dim=1) * h.shape[1] ** 0.5
+
+    network = TwoLayers(between)
+    network.norm = nn.BatchNorm2d(8)
+    plan = trace_plan(network, (IMAGE,))
+
+    assert verify_plan(network.train(), plan, (IMAGE,)).failed == {}
+
+
+def test_dropout_in_fused_attention_is_no_difference() -> None:
+    def between(net: Any, h: Tensor) -> Tensor:
+        tokens = h.flatten(2).transpose(1, 2).unflatten(2, (2, -1)).transpose(1, 2)
+        dropped = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, None, 0.5 * net.training)
+        dropped = dropped + nn.functional.scaled_dot_product_attention(
+            tokens, tokens, tokens, dropout_p=0.5 * net.training
+        )
+        return dropped.transpose(1, 2).flatten(2).transpose(1, 2).reshape(h.shape) + h.relu() * (2 - net.training)
+
+    network = TwoLayers(between)
+    plan = trace_plan(network, (IMAGE,))
+
+    assert verify_plan(network.train(), plan, (IMAGE,)).failed == {}
+
+
+def test_a_large_output_does_not_hide_a_small_one() -> None:
+    class Two(TwoLayers):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), 1e6 * x
+
+    network = Two(lambda net, h: h / h.shape[1] ** 0.5)
+
+    assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,), tolerance=1e-6).failed) == {"a"}
+
+
+def test_a_copy_that_would_share_tensors_with_its_original_is_refused() -> None:
+    network = TwoLayers()
+    network.d = nn.Conv2d(3, 3, 1)
+    network.between = lambda net, h: h + network.d(IMAGE).mean().to(h)
+    plan = trace_plan(network, (IMAGE,))
+
+    with pytest.raises(StructureError, match=r"2 tensors of the original \(d.bias, d.weight\), and so would tickets"):
+        verify_plan(network, plan, (IMAGE,))
+
+
 def test_a_network_that_cannot_train_on_one_sample_runs_backward_in_evaluation_mode() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)).train()
     sample = IMAGE[:1]
