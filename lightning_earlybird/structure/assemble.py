@@ -62,6 +62,7 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
         query_scales=query_scales(tracer, [each for each in tracer.attentions if each.by_width]),
         statistics=statistics(tracer, ids_of),
         own_numbers=own_numbers(tracer),
+        score_numbers=score_numbers(tracer),
     )
 
 
@@ -72,7 +73,12 @@ def statistics(tracer: ChannelTracer, ids_of: Callable[[Tensor], Tensor]) -> tup
 
 def own_numbers(tracer: ChannelTracer) -> frozenset[Call]:
     """Calls whose numbers are a ticket's own; an attention's scale is not: queries are rescaled instead."""
-    return frozenset(tracer.own_numbers).difference(*(each.scalars for each in tracer.attentions))
+    return frozenset(tracer.own_numbers) - score_numbers(tracer)
+
+
+def score_numbers(tracer: ChannelTracer) -> frozenset[Call]:
+    """Calls whose numbers scale the scores of attentions."""
+    return frozenset[Call]().union(*(each.scalars for each in tracer.attentions))
 
 
 def _all_in_one(tracer: ChannelTracer, components: Tensor, usable: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_earlybird.structure.assemble import own_numbers, statistics
+from lightning_earlybird.structure.assemble import own_numbers, score_numbers, statistics
 from lightning_earlybird.structure.plan import ChannelPlan
 from lightning_earlybird.structure.tracer import ChannelTracer
 
@@ -60,4 +60,9 @@ def as_in_training(plan: ChannelPlan, tracer: ChannelTracer) -> ChannelPlan:
     ids = torch.full((tracer.couplings.count,), -1)
     for (name, dim), labels in tracer.dimensions.items():
         ids[labels] = plan.ids.get(name, {}).get(dim, ids[labels])
-    return replace(plan, statistics=statistics(tracer, ids.__getitem__), own_numbers=own_numbers(tracer))
+    return replace(
+        plan,
+        statistics=statistics(tracer, ids.__getitem__),
+        own_numbers=own_numbers(tracer),
+        score_numbers=score_numbers(tracer),
+    )

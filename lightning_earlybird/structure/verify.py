@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord
+from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord, Numbers
 from lightning_earlybird.structure.crop import Call, OperationLog, smallest_call
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
@@ -157,8 +157,11 @@ class _Trial:
             self.keeps_modes = self._runs_in_its_modes()
             if not self.keeps_modes:
                 self.args, self.kwargs = cropped
+        self.numbers: dict[bool, Numbers] = {}  # of the dense network, in evaluation or in its own modes
         self.training = self._trace_training() if self.keeps_modes else None
-        self.whole = self._outputs(self.reference)  # only now: running statistics have moved
+        record = NumberRecord()
+        self.whole = self._outputs(self.reference, record)  # only now: running statistics have moved
+        self.numbers[True] = record.numbers
         self.scale = _largest(self.whole)
 
     def draw(self, plan: ChannelPlan) -> None:
@@ -255,9 +258,24 @@ class _Trial:
             counterpart = Counterpart(traced_plan, mask, {} if record.from_data else record.numbers)
             error, finding = self._difference(self._outputs(dense, counterpart, evaluate=evaluate), found, when)
             worst = max(worst, error)
+            if finding is None:
+                finding = self._foreign_number(traced_plan, record, evaluate, when)
             if finding is not None:
                 return worst, finding
         return worst, None
+
+    def _foreign_number(self, plan: ChannelPlan, record: NumberRecord, evaluate: bool, when: str) -> str | None:
+        """A number that the ticket computes from its widths, although it is none of its own.
+
+        What it does may not show with these inputs: another time step may be where it matters.
+        """
+        if record.from_data:
+            return None
+        dense, allowed = self.numbers[evaluate], plan.own_numbers | plan.score_numbers
+        for call, found in record.numbers.items():
+            if call not in allowed and found != dense.get(call, found):
+                return f"{when}a number depends on its width ({call[0]} with {found}, not {dense[call]})"
+        return None
 
     def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
@@ -310,6 +328,7 @@ class _Trial:
             with log:
                 self._outputs(self.reference, record, evaluate=evaluate)
             logs.append((log.operations, record.numbers))
+        self.numbers[False] = logs[1][1]
         if logs[0] == logs[1]:
             return None
         with without_chance(), self._exactly():

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -128,6 +129,14 @@ def test_a_factor_computed_from_the_width_freezes_its_group_outside_norms(power:
     network = TwoLayers(lambda net, h: h / h.shape[1] ** power)
 
     assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == {"a"}
+
+
+def test_a_factor_computed_from_the_width_counts_where_these_inputs_do_not_show_it() -> None:
+    network = TwoLayers(lambda net, h: torch.where(h.mean() > 1e6, h / h.shape[1] ** 0.5, h))
+
+    failed = verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed
+    assert set(failed) == {"a"}
+    assert failed["a"].startswith("a number depends on its width (div with ")
 
 
 @pytest.mark.parametrize(
@@ -311,10 +320,8 @@ def test_chance_and_norms_of_training_are_held_against_no_group() -> None:
 def test_dropout_in_fused_attention_is_no_difference() -> None:
     def between(net: Any, h: Tensor) -> Tensor:
         tokens = h.flatten(2).transpose(1, 2).unflatten(2, (2, -1)).transpose(1, 2)
-        dropped = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, None, 0.5 * net.training)
-        dropped = dropped + nn.functional.scaled_dot_product_attention(
-            tokens, tokens, tokens, dropout_p=0.5 * net.training
-        )
+        attend, p = partial(nn.functional.scaled_dot_product_attention, tokens, tokens, tokens), 0.5 * net.training
+        dropped = attend(None, p, scale=1.0) + attend(dropout_p=p, scale=1.0)
         return dropped.transpose(1, 2).flatten(2).transpose(1, 2).reshape(h.shape) + h.relu() * (2 - net.training)
 
     network = TwoLayers(between)
