@@ -7,16 +7,16 @@ The dense network computes it with the same channels set to zero, and with its s
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord, Numbers
+from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord
 from lightning_earlybird.structure.crop import Call, OperationLog, smallest_call
 from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
@@ -82,8 +82,8 @@ def verify_plan(
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float64 on the CPU: what a wrong plan changes may be small, accelerators round products, and all ranks must come to
     the same verdict. Networks that insist on single precision, or are too large to double, are compared less strictly.
-    Where fewer pixels make the network compute the same operations, it is given fewer. Groups that fail are searched
-    for by halves, and frozen.
+    Where fewer pixels make the network compute the same operations, it is given fewer, and all of them once at the end.
+    Groups that fail are searched for by halves, and frozen.
 
     Args:
         model: The dense denoiser.
@@ -114,7 +114,9 @@ def verify_plan(
             error, problem = trial.run(reduced, reduced.groups)
             if problem is None:
                 reduced, worst = confirm_heads(reduced, trial.compare, trial.masks, generator)
-                return Verification(replace(reduced, verified=True), max(error, worst), failed)
+                at_size, problem = trial.compare_uncropped(reduced)
+                if problem is None:
+                    return Verification(replace(reduced, verified=True), max(error, worst, at_size), failed)
             before, found = reduced, trial.failing(reduced, reduced.groups)
             reduced, found = rescue_heads(reduced, found, trial.compare, trial.masks, generator)
             failed |= found
@@ -149,20 +151,33 @@ class _Trial:
         self.further: list[TicketMask] = []
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
-        self._prepare(model, smallest_call(model, args, kwargs), tolerance)
+        self._given = tuple(args), dict(kwargs)
+        call = smallest_call(model, args, kwargs)
+        self._prepare(model, call, tolerance)
+        self.cropped = any(a is not b for a, b in zip(tree_leaves(call), tree_leaves(self._given), strict=True))
         self.keeps_modes = self._runs_in_its_modes()
         if not self.keeps_modes:  # training may need the pixels
             cropped = self.args, self.kwargs
-            self.args, self.kwargs = tree_map(self._moved, (tuple(args), dict(kwargs)))
+            self.args, self.kwargs = tree_map(self._moved, self._given)
             self.keeps_modes = self._runs_in_its_modes()
-            if not self.keeps_modes:
+            if self.keeps_modes:
+                self.cropped = False
+            else:
                 self.args, self.kwargs = cropped
-        self.numbers: dict[bool, Numbers] = {}  # of the dense network, in evaluation or in its own modes
         self.training = self._trace_training() if self.keeps_modes else None
-        record = NumberRecord()
-        self.whole = self._outputs(self.reference, record)  # only now: running statistics have moved
-        self.numbers[True] = record.numbers
+        self.whole = self._outputs(self.reference)  # only now: running statistics have moved
         self.scale = _largest(self.whole)
+
+    def compare_uncropped(self, plan: ChannelPlan) -> tuple[float, str | None]:
+        """Compare with all pixels; if something is wrong, the search for it goes on with them."""
+        if not self.cropped:
+            return 0.0, None
+        self.args, self.kwargs = tree_map(self._moved, self._given)
+        self.cropped = False
+        error, problem = self.compare(plan, self.masks[0], backward=False)
+        if problem is not None:
+            self.whole = self._outputs(self.reference)
+        return error, problem
 
     def draw(self, plan: ChannelPlan) -> None:
         """Draw the masks that the next calls of :meth:`run` try."""
@@ -255,27 +270,17 @@ class _Trial:
             return float("inf"), f"{type(problem).__name__}: {problem}"
         dense, worst = zeroed(self.reference, plan, mask), 0.0
         for record, found, (evaluate, traced_plan, when) in zip(records, actual, modes, strict=True):
-            counterpart = Counterpart(traced_plan, mask, {} if record.from_data else record.numbers)
-            error, finding = self._difference(self._outputs(dense, counterpart, evaluate=evaluate), found, when)
+            counterpart, own = (
+                Counterpart(traced_plan, mask, {} if record.from_data else record.numbers),
+                NumberRecord(),
+            )
+            error, finding = self._difference(self._outputs(dense, counterpart, own, evaluate=evaluate), found, when)
             worst = max(worst, error)
             if finding is None:
-                finding = self._foreign_number(traced_plan, record, evaluate, when)
+                finding = _foreign_number(traced_plan, own, record, when)
             if finding is not None:
                 return worst, finding
         return worst, None
-
-    def _foreign_number(self, plan: ChannelPlan, record: NumberRecord, evaluate: bool, when: str) -> str | None:
-        """A number that the ticket computes from its widths, although it is none of its own.
-
-        What it does may not show with these inputs: another time step may be where it matters.
-        """
-        if record.from_data:
-            return None
-        dense, allowed = self.numbers[evaluate], plan.own_numbers | plan.score_numbers
-        for call, found in record.numbers.items():
-            if call not in allowed and found != dense.get(call, found):
-                return f"{when}a number depends on its width ({call[0]} with {found}, not {dense[call]})"
-        return None
 
     def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
         if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
@@ -301,12 +306,12 @@ class _Trial:
         with torch.autocast(self.device.type, enabled=False), exactly:
             yield
 
-    def _outputs(
-        self, network: nn.Module, mode: AbstractContextManager[Any] | None = None, *, evaluate: bool = True
-    ) -> list[Tensor]:
+    def _outputs(self, network: nn.Module, *modes: AbstractContextManager[Any], evaluate: bool = True) -> list[Tensor]:
         """Of evaluation mode, or of the network's own modes, where nothing is left to chance."""
         chance = nullcontext() if evaluate else without_chance()
-        with undisturbed(network, evaluate=evaluate), chance, ChannelLocalNorms(), mode or nullcontext():
+        with undisturbed(network, evaluate=evaluate), chance, ChannelLocalNorms(), ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
             return self._call(network)
 
     def _runs_in_its_modes(self) -> bool:
@@ -328,7 +333,6 @@ class _Trial:
             with log:
                 self._outputs(self.reference, record, evaluate=evaluate)
             logs.append((log.operations, record.numbers))
-        self.numbers[False] = logs[1][1]
         if logs[0] == logs[1]:
             return None
         with without_chance(), self._exactly():
@@ -339,6 +343,20 @@ class _Trial:
             outputs = [tensor for tensor in self._call(ticket) if tensor.requires_grad]
             if outputs:
                 torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
+
+
+def _foreign_number(plan: ChannelPlan, dense: NumberRecord, ticket: NumberRecord, when: str) -> str | None:
+    """A number that the ticket computes from its widths, although it is none of its own.
+
+    What it does may not show with these inputs: another time step may be where it matters.
+    """
+    if ticket.from_data:
+        return None
+    allowed = plan.own_numbers | plan.score_numbers
+    for call, found in ticket.numbers.items():
+        if call not in allowed and found != dense.numbers.get(call, found):
+            return f"{when}a number depends on its width ({call[0]} with {found}, not {dense.numbers[call]})"
+    return None
 
 
 def _refuse_shared(model: nn.Module, read: set[str]) -> None:

@@ -140,6 +140,21 @@ def test_a_factor_computed_from_the_width_counts_where_these_inputs_do_not_show_
 
 
 @pytest.mark.parametrize(
+    "beyond",
+    [
+        lambda h: h * (h.shape[1] ** -0.5 if h.shape[-1] > 8 else 1.0),
+        lambda h: torch.cat([h[:, :4] * (torch.arange(h.shape[-1]) < 8), h[:, 4:]], dim=1),
+    ],
+    ids=["factor", "positions"],
+)
+def test_what_only_shows_with_all_pixels_freezes_its_group(beyond: Any) -> None:
+    image = torch.randn(1, 3, 16, 16)
+    network = TwoLayers(lambda net, h: beyond(h))
+
+    assert set(verify_plan(network, trace_plan(network, (image,)), (image,)).failed) == {"a"}
+
+
+@pytest.mark.parametrize(
     "between",
     [
         lambda h: nn.functional.silu(h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-6)),
