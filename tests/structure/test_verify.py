@@ -568,7 +568,7 @@ def test_an_output_that_is_not_finite_proves_nothing() -> None:
 
 
 def test_networks_too_large_to_double_are_verified_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_earlybird.structure.verify.DOUBLED_UP_TO", 0)
+    monkeypatch.setattr("lightning_earlybird.structure.trial.DOUBLED_UP_TO", 0)
     given = denoiser("hand-written")
     plan = trace_plan(given.network, given.args)
     place = ("up1.conv2.weight", 1)
