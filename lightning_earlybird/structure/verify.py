@@ -14,9 +14,7 @@ from torch import nn
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.preconditions import remedy
-from lightning_earlybird.structure.reference import (
-    full_precision,
-)
+from lightning_earlybird.structure.reference import full_precision
 from lightning_earlybird.structure.trial import Trial
 
 ROUNDS = 3  # searches for groups that fail, before giving up
@@ -28,7 +26,7 @@ class Verification:
 
     Attributes:
         plan: The plan to use: the one given, without the groups that failed, and with ``heads`` only where that works.
-        max_error: Largest difference between extracted and zeroed dense output, relative to the largest output.
+        max_error: Largest difference between extracted and zeroed dense output, relative to the output.
         failed: Group name -> what went wrong.
     """
 
