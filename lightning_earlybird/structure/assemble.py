@@ -1,6 +1,6 @@
 """Assembly: what a trace has learned about labels becomes a channel plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lightning_earlybird.structure.plan import (
     QueryScale,
 )
 from lightning_earlybird.structure.products import Product
+from lightning_earlybird.structure.rules import Call
 from lightning_earlybird.structure.tracer import ChannelTracer
 
 Place = tuple[str, int]  # (tensor name, dimension)
@@ -59,11 +60,25 @@ def assemble(tracer: ChannelTracer) -> ChannelPlan:
         shapes=dict(tracer.shapes),
         macs=tuple(Product(each.constant, tuple(map(ids_of, each.factors))) for each in tracer.products),
         query_scales=query_scales(tracer, [each for each in tracer.attentions if each.by_width]),
-        statistics=tuple(
-            ChannelStatistic(call, dim, ids_of(axis)) for call, dim, axis in tracer.statistics if varying(axis)
-        ),
-        own_numbers=frozenset(tracer.own_numbers).difference(*(each.scalars for each in tracer.attentions)),
+        statistics=statistics(tracer, ids_of),
+        own_numbers=own_numbers(tracer),
+        score_numbers=score_numbers(tracer),
     )
+
+
+def statistics(tracer: ChannelTracer, ids_of: Callable[[Tensor], Tensor]) -> tuple[ChannelStatistic, ...]:
+    """Where the network has reduced over channels; ``ids_of`` tells the channel ids of labels."""
+    return tuple(ChannelStatistic(call, dim, ids_of(axis)) for call, dim, axis in tracer.statistics if varying(axis))
+
+
+def own_numbers(tracer: ChannelTracer) -> frozenset[Call]:
+    """Calls whose numbers are a ticket's own; an attention's scale is not: queries are rescaled instead."""
+    return frozenset(tracer.own_numbers) - score_numbers(tracer)
+
+
+def score_numbers(tracer: ChannelTracer) -> frozenset[Call]:
+    """Calls whose numbers scale the scores of attentions."""
+    return frozenset[Call]().union(*(each.scalars for each in tracer.attentions))
 
 
 def _all_in_one(tracer: ChannelTracer, components: Tensor, usable: Tensor) -> Tensor:

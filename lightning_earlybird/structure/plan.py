@@ -135,6 +135,7 @@ class ChannelPlan:
         own_numbers: Calls whose numbers are a ticket's own, as it computes them from its widths: in norms that are
             written out, and where pieces are weighed before they are joined. Everywhere else a number that depends on
             widths makes verification fail.
+        score_numbers: Calls whose numbers scale attention scores; queries are rescaled where those depend on widths.
     """
 
     ids: Mapping[str, Mapping[int, Tensor]]
@@ -149,6 +150,7 @@ class ChannelPlan:
     verified: bool = False
     statistics: tuple[ChannelStatistic, ...] = ()
     own_numbers: frozenset[tuple[str, int]] = frozenset()
+    score_numbers: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def num_channels(self) -> int:

@@ -63,20 +63,24 @@ def _product(tracer: "ChannelTracer", operands: Sequence[tuple[Tensor, str]], re
     spans more letters is taken: their channels are tied.
     """
     sizes: dict[str, int] = {}
-    labelled: list[tuple[set[str], Tensor]] = []
+    labelled: list[tuple[list[str], Tensor]] = []  # letters of an axis; labels, a dimension for each letter
     for tensor, letters in operands:
         for dim, letter in enumerate(letters):
             if letter != ".":
                 sizes.setdefault(letter, tensor.shape[dim])
         for axis in tracer.axes(tensor):
-            named = {letters[dim] for dim in varying(axis)}
+            if len(varying(axis)) > 1:
+                axis = tracer.couplings.canonical(axis)  # tokens of several origins are no channels
+            named = [letters[dim] for dim in varying(axis)]
             if named and "." not in named:
-                labelled.append((named, axis.reshape(-1)))
+                labelled.append((named, axis.squeeze()))
     factors: list[Tensor] = []
     covered: set[str] = set()
     for named, labels in sorted(labelled, key=lambda entry: len(entry[0]), reverse=True):
-        if not named & covered:
-            covered |= named
-            factors.append(labels)
+        if not covered.issuperset(named):
+            # Where the heads are counted, the width of one tells that of all.
+            index = tuple(0 if letter in covered else slice(None) for letter in named)
+            covered |= set(named)
+            factors.append(labels[index].reshape(-1))
     constant = rest * math.prod(size for letter, size in sizes.items() if letter not in covered)
     return Product(constant, tuple(factors))

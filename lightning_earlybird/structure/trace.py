@@ -46,9 +46,9 @@ def trace_plan(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
     check_traceable(model)
     kwargs = kwargs or {}
     try:
-        tracer, out = _traced(model, args, kwargs, watch_widths=True)
+        tracer, out = traced(model, args, kwargs)
     except Exception:  # code that wants plain integers, or a network that raises anyway
-        tracer, out = _traced(model, args, kwargs, watch_widths=False)
+        tracer, out = traced(model, args, kwargs, watch_widths=False)
     for leaf in tree_flatten(_plain(out))[0]:
         for axis in tracer.axes(leaf):
             tracer.couplings.freeze(axis, "the network's output")
@@ -65,10 +65,15 @@ def trace_plan(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
     return plan
 
 
-def _traced(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, watch_widths: bool
+def traced(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    watch_widths: bool = True,
+    evaluate: bool = True,
 ) -> tuple[ChannelTracer, Any]:
-    """One forward pass under the tracer, and its output."""
+    """One forward pass under the tracer, and its output; in evaluation mode, or in the modes that the network is in."""
     tracer = ChannelTracer(model, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
     hooks = []
     for name, module in model.named_modules():
@@ -78,7 +83,12 @@ def _traced(
         if adapter is not None and adapter.input_dim is not None:
             hooks.append(module.register_forward_pre_hook(_watch_input(tracer, name, adapter.input_dim)))
     try:
-        with undisturbed(model), WidthWatch(tracer) if watch_widths else nullcontext(), ReadWatch(tracer), tracer:
+        with (
+            undisturbed(model, evaluate=evaluate),
+            WidthWatch(tracer) if watch_widths else nullcontext(),
+            ReadWatch(tracer),
+            tracer,
+        ):
             return tracer, model(*args, **kwargs)
     finally:
         for hook in hooks:

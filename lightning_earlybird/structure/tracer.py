@@ -17,6 +17,13 @@ from lightning_earlybird.structure.products import Product, products_of
 from lightning_earlybird.structure.reads import DataReads
 from lightning_earlybird.structure.rules import CONTRACTIONS, MOVEMENTS, Call, Operation, find_rule, freeze_all
 
+# What scales a tensor, and what a norm computes its factor with: whatever else happens to a statistic, it is no norm's.
+SCALINGS = frozenset(["mul", "div", "neg"])
+STATISTICAL_ALGEBRA = SCALINGS.union(
+    ["add", "sub", "rsub", "sqrt", "rsqrt", "reciprocal", "pow", "square", "abs", "_to_copy"],
+    ["clamp", "clamp_min", "clamp_max", "maximum", "minimum"],
+)
+
 
 @dataclass
 class _Labelled:
@@ -30,6 +37,7 @@ class _Labelled:
     statistic: bool = False  # a statistic over channels
     normalised: bool = False  # divided by one, without a gain since: how its layer scales it does not matter
     unit: bool = False  # divided by one, and scaled at most by parameters and numbers since
+    weights: frozenset[Call] = frozenset()  # calls that have scaled it by a number, with nothing else in between
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -116,7 +124,7 @@ class ChannelTracer(TorchDispatchMode):
         """A piece of a concatenation; the numbers that scaled it may weigh it by its width against the others."""
         known = self._known.get(piece)
         if known is not None:
-            self.own_numbers |= known.scalars
+            self.own_numbers |= known.weights
 
     def pick(self, channel: Tensor, among: Tensor) -> None:
         """One channel is taken out by its position; that matters as soon as it is used."""
@@ -260,12 +268,18 @@ class ChannelTracer(TorchDispatchMode):
         operands = [known for known in map(self._known.get, inputs) if known is not None]
         for known in operands:
             scalars |= known.scalars
-        statistic = any(known.statistic for known in operands)
-        normalises = statistic and any(known.axes and not known.statistic for known in operands)
+        name = operation.name.rstrip("_")
+        scales = name in SCALINGS or not pointwise
+        weights = frozenset([operation.call] if numbers else []).union(*(known.weights for known in operands))
+        statistic = name in STATISTICAL_ALGEBRA | MOVEMENTS and any(known.statistic for known in operands)
+        mixed = any(known.axes and not known.statistic for known in operands)
+        normalises, statistic = statistic and scales and mixed, statistic and not mixed
         gained = any(known.plain and known.axes for known in operands)
         normalised = normalises or (any(known.normalised for known in operands) and not gained)
         unit = normalises or (
-            any(known.unit for known in operands) and all(known.unit or known.parametric for known in operands)
+            scales
+            and any(known.unit for known in operands)
+            and all(known.unit or known.parametric for known in operands)
         )
         if numbers and (statistic or unit):
             self.own_numbers.add(operation.call)  # the factor of a norm, so that its result does not depend on widths
@@ -274,8 +288,9 @@ class ChannelTracer(TorchDispatchMode):
         if scalars or statistic or unit:
             for labelled in map(self._labelled, operation.outputs()):
                 labelled.scalars = frozenset() if normalises else scalars
-                labelled.statistic, labelled.normalised = statistic and not normalises, normalised
+                labelled.statistic, labelled.normalised = statistic, normalised
                 labelled.unit = unit
+                labelled.weights = weights if scales else frozenset()
         return scalars
 
     def _apply(self, operation: Operation) -> None:

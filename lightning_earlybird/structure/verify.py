@@ -4,40 +4,20 @@ The dense network computes it with the same channels set to zero, and with its s
 (see ``counterpart``).
 """
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import nn
 
-from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.structure.counterpart import Counterpart, NumberRecord
-from lightning_earlybird.structure.crop import Call, smallest_call
-from lightning_earlybird.structure.extract import extract
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.preconditions import remedy
-from lightning_earlybird.structure.reference import (
-    ChannelLocalNorms,
-    at_least,
-    complementary_masks,
-    full_precision,
-    limited,
-    permute_,
-    randomised,
-    unrounded,
-    zeroed,
-)
-from lightning_earlybird.structure.running import undisturbed
+from lightning_earlybird.structure.reference import full_precision
+from lightning_earlybird.structure.trial import Trial
 
 ROUNDS = 3  # searches for groups that fail, before giving up
-DOUBLED_UP_TO = 200_000_000  # parameters; above, copies in double precision would take gigabytes
-NARROW, FURTHER_DRAWS = 8, 3  # channels of a group up to which more masks are tried, and how many pairs of them
 
 
 @dataclass(frozen=True)
@@ -46,7 +26,7 @@ class Verification:
 
     Attributes:
         plan: The plan to use: the one given, without the groups that failed, and with ``heads`` only where that works.
-        max_error: Largest difference between extracted and zeroed dense output, relative to the largest output.
+        max_error: Largest difference between extracted and zeroed dense output, relative to the output.
         failed: Group name -> what went wrong.
     """
 
@@ -70,15 +50,16 @@ def verify_plan(
     Three things must hold. Channels that change places, everywhere alike, change nothing. Tickets of two complementary
     masks, so that every channel is once removed and once kept, compute what the dense network computes with the same
     channels zeroed; groups of few channels, where a wrong plan might pass by luck, are tried with more masks. And the
-    first of those tickets runs backward, in the modes that the network is in (a branch that only training takes must
-    fit as well). Where groups claim that whole heads can go, two further masks remove some: groups that fail these only
-    lose that claim, and groups that pass nothing else keep it.
+    first of those tickets runs backward, in the modes that the network is in, and where these compute something else
+    than evaluation does, the comparison holds there as well (dropout and noise apart). Where groups claim that whole
+    heads can go, two further masks remove some: groups that fail these only lose that claim, and groups that pass
+    nothing else keep it.
 
     Works on copies with random weights (a freshly initialised network may output zeros, which would prove nothing), in
     float64 on the CPU: what a wrong plan changes may be small, accelerators round products, and all ranks must come to
     the same verdict. Networks that insist on single precision, or are too large to double, are compared less strictly.
-    Where fewer pixels make the network compute the same operations, it is given fewer. Groups that fail are searched
-    for by halves, and frozen.
+    Where fewer pixels make the network compute the same operations, it is given fewer, and all of them once at the end.
+    Groups that fail are searched for by halves, and frozen.
 
     Args:
         model: The dense denoiser.
@@ -98,7 +79,7 @@ def verify_plan(
     """
     generator = torch.Generator().manual_seed(seed)
     with full_precision():
-        trial = _Trial(model, args, kwargs or {}, tolerance, generator)
+        trial = Trial(model, args, kwargs or {}, tolerance, generator)
         failed = scattered_groups(plan)
         if len(failed) == len(plan.groups):
             raise StructureError(f"plan: no channel group is whole ({next(iter(failed.values()))}). Trace it again.")
@@ -109,7 +90,9 @@ def verify_plan(
             error, problem = trial.run(reduced, reduced.groups)
             if problem is None:
                 reduced, worst = confirm_heads(reduced, trial.compare, trial.masks, generator)
-                return Verification(replace(reduced, verified=True), max(error, worst), failed)
+                at_size, problem = trial.compare_uncropped(reduced)
+                if problem is None:
+                    return Verification(replace(reduced, verified=True), max(error, worst, at_size), failed)
             before, found = reduced, trial.failing(reduced, reduced.groups)
             reduced, found = rescue_heads(reduced, found, trial.compare, trial.masks, generator)
             failed |= found
@@ -126,159 +109,6 @@ def verify_plan(
             f"verification alone but not together ({problem}). Groups whose widths depend on each other in Python "
             f"code are the usual cause.{remedy(model)}"
         )
-
-
-class _Trial:
-    """Compares extracted networks with the zeroed dense one."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        tolerance: float,
-        generator: torch.Generator,
-    ) -> None:
-        self.generator = generator
-        self.masks: list[TicketMask] = []
-        self.further: list[TicketMask] = []
-        self.args: tuple[Any, ...]
-        self.kwargs: dict[str, Any]
-        self._prepare(model, smallest_call(model, args, kwargs), tolerance)
-        self.keeps_modes = self._runs_in_its_modes()
-        if not self.keeps_modes:  # training may need the pixels
-            cropped = self.args, self.kwargs
-            self.args, self.kwargs = tree_map(self._moved, (tuple(args), dict(kwargs)))
-            self.keeps_modes = self._runs_in_its_modes()
-            if not self.keeps_modes:
-                self.args, self.kwargs = cropped
-        self.whole = self._outputs(self.reference)  # only now: running statistics have moved
-        self.scale = _largest(self.whole)
-
-    def draw(self, plan: ChannelPlan) -> None:
-        """Draw the masks that the next calls of :meth:`run` try."""
-        narrow = [group for group in plan.groups if group.size <= NARROW]
-        self.masks = list(complementary_masks(plan, plan.groups, self.generator))
-        self.further = [
-            mask
-            for _ in range(FURTHER_DRAWS if narrow else 0)
-            for mask in complementary_masks(plan, narrow, self.generator, coprime=False)
-        ]
-
-    def run(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
-        """Try ``groups``, all others whole; relative error and what is wrong, None if nothing is."""
-        worst, problem = self._compare_permuted(plan, groups)
-        for index, mask in enumerate((*self.masks, *self.further)):
-            if problem is not None:
-                break
-            part = limited(mask, groups)
-            if part.num_kept == part.num_channels and index >= len(self.masks):
-                continue
-            error, problem = self.compare(plan, part, backward=index == 0)
-            worst = max(worst, error)
-        return worst, problem
-
-    def failing(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> dict[str, str]:
-        """Which of ``groups`` fail, and why: by halves, since most of many groups are right."""
-        _, problem = self.run(plan, groups)
-        if problem is None:
-            return {}
-        if len(groups) == 1:
-            return {groups[0].name: problem}
-        middle = len(groups) // 2
-        found = self.failing(plan, groups[:middle]) | self.failing(plan, groups[middle:])
-        if not found and len(groups) < len(plan.groups):
-            # What each does alone is below the tolerance, or they depend on each other.
-            return {group.name: f"with the others of {len(groups)} groups, {problem}" for group in groups}
-        return found
-
-    def _prepare(self, model: nn.Module, call: Call, tolerance: float) -> None:
-        """Take the most precise copy of the network that runs."""
-        cpu = torch.device("cpu")
-        own = next((parameter.device for parameter in model.parameters()), cpu)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        # Single precision on an accelerator may mean ten bits (TF32).
-        ways = [(cpu, torch.float64, 0.0), (cpu, torch.float32, 1e-4), (own, torch.float32, 1e-2)]
-        ways = ways[0 if size <= DOUBLED_UP_TO else 1 : 2 if own.type == "cpu" else 3]
-        for device, precision, least in ways:
-            self.device, self.precision, self.tolerance = device, precision, max(tolerance, least)
-            self.reference = randomised(model, self._moved, self.generator)
-            self.args, self.kwargs = tree_map(self._moved, call)
-            try:
-                with undisturbed(self.reference):
-                    self._call(self.reference)
-                self._outputs(self.reference)
-                return
-            except Exception:  # a network may insist on a precision or on its device
-                if (device, precision, least) == ways[-1]:
-                    raise
-
-    def _moved(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().to(self.device, at_least(leaf.dtype, self.precision), copy=True)
-
-    def _compare_permuted(self, plan: ChannelPlan, groups: Sequence[ChannelGroup]) -> tuple[float, str | None]:
-        if self.precision != torch.float64:
-            return 0.0, None  # channels are summed in another order, and rounding grows with depth
-        changed = copy.deepcopy(self.reference)
-        permute_(changed, plan, groups, self.generator)
-        return self._difference(self.whole, self._outputs(changed), "once its channels change places, ")
-
-    def compare(self, plan: ChannelPlan, mask: TicketMask, *, backward: bool = True) -> tuple[float, str | None]:
-        """Extract along one mask; relative error and what is wrong, None if nothing is."""
-        record = NumberRecord()
-        try:
-            ticket = extract(self.reference, plan, mask)
-            actual = self._outputs(ticket, record)
-            if backward:
-                self._backward(ticket)
-        except Exception as problem:  # whatever user code raises on a narrower network is the finding
-            return float("inf"), f"{type(problem).__name__}: {problem}"
-        numbers = {} if record.from_data else record.numbers
-        expected = self._outputs(zeroed(self.reference, plan, mask), Counterpart(plan, mask, numbers))
-        return self._difference(expected, actual, "")
-
-    def _difference(self, expected: Sequence[Tensor], actual: Sequence[Tensor], when: str) -> tuple[float, str | None]:
-        if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
-            return float("inf"), f"{when}the output changes its shape"
-        if self.scale == 0.0:
-            return float("inf"), "the output is zero whatever the weights"
-        if not math.isfinite(self.scale):
-            return float("inf"), "the output is not finite with random weights"
-        # What a mask leaves of a few channels may well be zero.
-        scale = _largest(expected) or self.scale
-        error = _largest([a - e for a, e in zip(actual, expected, strict=True)]) / scale
-        return error, None if error <= self.tolerance else f"{when}the output differs by {error:.1e} (relative)"
-
-    def _call(self, network: nn.Module) -> list[Tensor]:
-        exactly = unrounded() if self.precision == torch.float64 else nullcontext()
-        with torch.autocast(self.device.type, enabled=False), exactly:
-            return _tensors(network(*self.args, **self.kwargs))
-
-    def _outputs(self, network: nn.Module, mode: AbstractContextManager[Any] | None = None) -> list[Tensor]:
-        with undisturbed(network), ChannelLocalNorms(), mode or nullcontext():
-            return self._call(network)
-
-    def _runs_in_its_modes(self) -> bool:
-        """False where training needs more than a sample or two (batch normalisation)."""
-        try:
-            with undisturbed(self.reference, evaluate=False):
-                self._call(self.reference)
-        except Exception:
-            return False
-        return True
-
-    def _backward(self, ticket: nn.Module) -> None:
-        with undisturbed(ticket, evaluate=not self.keeps_modes), torch.enable_grad():
-            outputs = [tensor for tensor in self._call(ticket) if tensor.requires_grad]
-            if outputs:
-                torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
-
-
-def _largest(tensors: Sequence[Tensor]) -> float:
-    """The largest magnitude; NaN if there is one."""
-    return float(torch.stack([tensor.abs().max().double() for tensor in tensors]).max()) if tensors else 0.0
 
 
 def scattered_groups(plan: ChannelPlan) -> dict[str, str]:
@@ -313,8 +143,3 @@ def freeze_groups(plan: ChannelPlan, failed: Mapping[str, str]) -> ChannelPlan:
         groups.append(replace(group, channels=fresh))
         count += group.size
     return replace(plan.renumbered(numbers, groups), frozen=tuple(frozen))
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    plain = dict(vars(out)) if hasattr(out, "__dataclass_fields__") else out
-    return [leaf for leaf in tree_flatten(plain)[0] if isinstance(leaf, Tensor)]

@@ -2,7 +2,7 @@ import torch
 from models import denoiser, random_mask
 from torch import nn
 
-from lightning_earlybird.structure import count_macs, count_parameters, extract, trace_plan
+from lightning_earlybird.structure import WidthCost, count_macs, count_parameters, extract, trace_plan
 
 
 def test_multiply_accumulates_are_those_counted_by_hand() -> None:
@@ -26,6 +26,28 @@ def test_tied_parameters_count_once() -> None:
     network[1].weight = network[0].weight
 
     assert count_parameters(network) == 16 + 4 + 4
+
+
+def test_the_width_of_one_head_counts_for_all_where_queries_and_values_are_groups_of_their_own() -> None:
+    class LinearAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(*sizes) for sizes in ((5, 16), (5, 16), (5, 32), (32, 5)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return self.out((q @ (k.transpose(-1, -2) @ v)).transpose(1, 2).flatten(2))
+
+    network, args = LinearAttention(), (torch.ones(1, 6, 5),)
+    plan = trace_plan(network, args)
+    assert [(group.name, group.size, group.rows) for group in plan.groups] == [("q", 16, 4), ("v", 32, 4)]
+    macs = WidthCost(plan.macs, plan.groups)
+
+    def layers_and_attention(q: int, v: int) -> int:
+        return 6 * 5 * (2 * 4 * q + 2 * 4 * v) + 2 * 4 * q * v * 6
+
+    for q, v in ((4, 8), (3, 5), (1, 7)):
+        assert macs(torch.tensor([4 * q, 4 * v])) == layers_and_attention(q, v)
 
 
 def test_a_ticket_costs_less_and_counting_disturbs_nothing() -> None:

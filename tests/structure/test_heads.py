@@ -430,3 +430,43 @@ def test_heads_from_a_file_must_divide_the_width_where_that_is_known() -> None:
         resize_(copy.deepcopy(given.network), shapes, {"mid_block.attentions.0": {"heads": 3}})
     with pytest.raises(ValueError, match=r"attribute mid_block\.resnets\.0\.heads is not a width that a ticket may"):
         resize_(copy.deepcopy(given.network), shapes, {"mid_block.resnets.0": {"heads": 1}})
+
+
+class _WithHeadParameter(nn.Module):
+    """Attention with a parameter that has one element (or one table) for each of its four heads."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.num_heads, self.change = 4, change
+        self.extra = nn.Parameter(torch.randn(4, *shape))
+        self.embed, self.q, self.k, self.v = nn.Linear(5, 16), nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(16, 32)
+        self.out = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        q, k, v = (layer(h).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = self.change(q @ k.transpose(-1, -2) * 0.3, self.extra).softmax(-1)
+        return self.out((scores @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (lambda scores, bias: scores + bias, (6, 6)),
+        (lambda scores, gain: scores * gain.exp(), (1, 1)),
+        (lambda scores, mixed: torch.einsum("bhnm,hg->bgnm", scores, mixed), (4,)),
+    ],
+    ids=["relative positions", "gain", "talking heads"],
+)
+def test_a_parameter_with_an_element_for_each_head_keeps_the_heads_and_not_their_width(
+    change: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    network, args = _WithHeadParameter(change, *shape), (torch.randn(2, 6, 5),)
+
+    verification = verify_plan(network, trace_plan(network, args), args)
+
+    assert verification.failed == {}
+    groups = {group.name: (group.rows, group.can_lose_rows) for group in verification.plan.groups}
+    assert groups["q"] == (4, False)
+    assert "k" not in groups
+    assert "embed" in groups

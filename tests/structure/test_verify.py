@@ -1,5 +1,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -130,6 +131,60 @@ def test_a_factor_computed_from_the_width_freezes_its_group_outside_norms(power:
     assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == {"a"}
 
 
+def test_a_factor_computed_from_the_width_counts_where_these_inputs_do_not_show_it() -> None:
+    network = TwoLayers(lambda net, h: torch.where(h.mean() > 1e6, h / h.shape[1] ** 0.5, h))
+
+    failed = verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed
+    assert set(failed) == {"a"}
+    assert failed["a"].startswith("a number depends on its width (div with ")
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        lambda h: h * (h.shape[1] ** -0.5 if h.shape[-1] > 8 else 1.0),
+        lambda h: torch.cat([h[:, :4] * (torch.arange(h.shape[-1]) < 8), h[:, 4:]], dim=1),
+    ],
+    ids=["factor", "positions"],
+)
+def test_what_only_shows_with_all_pixels_freezes_its_group(beyond: Any) -> None:
+    image = torch.randn(1, 3, 16, 16)
+    network = TwoLayers(lambda net, h: beyond(h))
+
+    assert set(verify_plan(network, trace_plan(network, (image,)), (image,)).failed) == {"a"}
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: nn.functional.silu(h * torch.rsqrt(h.square().mean(1, keepdim=True) + 1e-6)),
+        lambda h: h * torch.sigmoid(h.mean(1, keepdim=True)),
+        lambda h: h - h.mean(1, keepdim=True),
+    ],
+    ids=["activation after a norm", "gate", "centred"],
+)
+def test_a_factor_is_no_norms_own_because_there_is_a_statistic_before_it(between: Any) -> None:
+    network = TwoLayers(lambda net, h: between(h) * h.shape[1] ** -0.5)
+
+    assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == {"a"}
+
+
+def test_a_factor_weighs_a_piece_of_a_concatenation_only_right_before_it() -> None:
+    class Joined(nn.Module):
+        def __init__(self, act: Any) -> None:
+            super().__init__()
+            self.act = act
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(16, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.c(torch.cat([self.act(h * h.shape[1] ** -0.5), self.b(x)], dim=1))
+
+    for act, frozen in ((nn.Identity(), set()), (nn.SiLU(), {"a"})):
+        network = Joined(act)
+        assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,)).failed) == frozen
+
+
 def test_a_width_written_into_the_code_freezes_its_group() -> None:
     network = TwoLayers(lambda net, h: h.view(2, 8, 8, 8))
 
@@ -241,6 +296,73 @@ def test_a_branch_that_only_training_takes_must_fit_as_well() -> None:
 
     assert set(verify_plan(network, plan, (IMAGE,)).failed) == {"a"}
     assert verify_plan(network.eval(), plan, (IMAGE,)).failed == {}
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda h: h * h.shape[1] ** -0.5,
+        lambda h: h.roll(1, dims=1),
+        lambda h: torch.cat([h[:, :4] / 2, h[:, 4:]], dim=1),
+    ],
+    ids=["factor", "positions", "part"],
+)
+def test_what_only_training_computes_from_widths_or_positions_freezes_its_group(branch: Any) -> None:
+    network = TwoLayers(lambda net, h: branch(h) if net.training else h)
+    plan = trace_plan(network, (IMAGE,))
+
+    found = verify_plan(network.train(), plan, (IMAGE,)).failed
+    assert found["a"].startswith("in training, the output differs")
+    assert set(found) == {"a"}
+
+
+def test_chance_and_norms_of_training_are_held_against_no_group() -> None:
+    def between(net: Any, h: Tensor) -> Tensor:
+        h = net.norm(h)
+        if net.training:  # further operations of the kinds that come after, so that those are counted otherwise
+            h = h + torch.rand_like(h) * torch.empty(len(h), 1, 1, 1).bernoulli_(0.5).div_(0.5)
+        h = nn.functional.dropout2d(h, 0.5, net.training)
+        h = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + 1e-6)
+        return nn.functional.normalize(h.softmax(dim=1), dim=1) * h.shape[1] ** 0.5
+
+    network = TwoLayers(between)
+    network.norm = nn.BatchNorm2d(8)
+    plan = trace_plan(network, (IMAGE,))
+
+    assert verify_plan(network.train(), plan, (IMAGE,)).failed == {}
+
+
+def test_dropout_in_fused_attention_is_no_difference() -> None:
+    def between(net: Any, h: Tensor) -> Tensor:
+        tokens = h.flatten(2).transpose(1, 2).unflatten(2, (2, -1)).transpose(1, 2)
+        attend, p = partial(nn.functional.scaled_dot_product_attention, tokens, tokens, tokens), 0.5 * net.training
+        dropped = attend(None, p, scale=1.0) + attend(dropout_p=p, scale=1.0)
+        return dropped.transpose(1, 2).flatten(2).transpose(1, 2).reshape(h.shape) + h.relu() * (2 - net.training)
+
+    network = TwoLayers(between)
+    plan = trace_plan(network, (IMAGE,))
+
+    assert verify_plan(network.train(), plan, (IMAGE,)).failed == {}
+
+
+def test_a_large_output_does_not_hide_a_small_one() -> None:
+    class Two(TwoLayers):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), 1e6 * x
+
+    network = Two(lambda net, h: h / h.shape[1] ** 0.5)
+
+    assert set(verify_plan(network, trace_plan(network, (IMAGE,)), (IMAGE,), tolerance=1e-6).failed) == {"a"}
+
+
+def test_a_copy_that_would_share_tensors_with_its_original_is_refused() -> None:
+    network = TwoLayers()
+    network.d = nn.Conv2d(3, 3, 1)
+    network.between = lambda net, h: h + network.d(IMAGE).mean().to(h)
+    plan = trace_plan(network, (IMAGE,))
+
+    with pytest.raises(StructureError, match=r"2 tensors of the original \(d.bias, d.weight\), and so would tickets"):
+        verify_plan(network, plan, (IMAGE,))
 
 
 def test_a_network_that_cannot_train_on_one_sample_runs_backward_in_evaluation_mode() -> None:
@@ -446,7 +568,7 @@ def test_an_output_that_is_not_finite_proves_nothing() -> None:
 
 
 def test_networks_too_large_to_double_are_verified_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_earlybird.structure.verify.DOUBLED_UP_TO", 0)
+    monkeypatch.setattr("lightning_earlybird.structure.trial.DOUBLED_UP_TO", 0)
     given = denoiser("hand-written")
     plan = trace_plan(given.network, given.args)
     place = ("up1.conv2.weight", 1)

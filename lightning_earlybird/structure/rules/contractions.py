@@ -72,6 +72,8 @@ def contract(
                 if tracer.is_parametric(operand):
                     tracer.couplings.produce(axis)
                 carried.append(_carry(axis, {**{b: b for b in batch}, **mapping}, out.dim()))
+    for others in {varying(axis) for axis in carried}:
+        carried = tracer.finest(carried, others)
     return carried
 
 
