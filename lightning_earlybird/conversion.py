@@ -28,6 +28,7 @@ from lightning_earlybird.structure import (
     count_macs,
     count_parameters,
     extract,
+    failing_masks,
     trace_plan,
     verify_plan,
 )
@@ -92,6 +93,26 @@ class FoundDenoiser:
             f"{count_parameters(network):,} parameters, {macs:,} MACs a sample).\n{plan.summary()}{unknown}"
         )
         return cls(call, plan, macs)
+
+    def check_masks(self, module: nn.Module, masks: Mapping[str, TicketMask]) -> None:
+        """Try tickets that are narrower than those that verification has tried.
+
+        Args:
+            module: The LightningModule.
+            masks: What the ticket is called in the error -> its mask.
+
+        Raises:
+            MisconfigurationException: A ticket does not compute what the dense network does.
+        """
+        network = unwrap(module.get_submodule(self.call.name))
+        with torch.compiler.set_stance("force_eager"):
+            failing = failing_masks(network, self.plan, *self.call.for_network(network), masks)
+        for name, problem in failing.items():
+            raise MisconfigurationException(
+                f"denoiser={self.call.name!r}: at the widths of {name} it computes something else than the dense "
+                f"network with the same channels at zero ({problem}), as it does not at moderate widths. Use a lower "
+                "sparsity or a larger min_width."
+            )
 
 
 def convert(

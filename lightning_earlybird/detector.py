@@ -503,7 +503,9 @@ class EarlyBirdDetector(pl.Callback):
             check_supported(trainer, pl_module, call.name)
             self._check_steps(call.name)
             if not self._search.started:
-                log_metrics(trainer, self._search.start(self.draw(trainer, pl_module), trainer.global_step))
+                masks = self.draw(trainer, pl_module)
+                self.found.check_masks(pl_module, {describe(key): mask for key, mask in masks.items()})
+                log_metrics(trainer, self._search.start(masks, trainer.global_step))
         elif self.found.call.name != call.name:
             raise MisconfigurationException(
                 f"denoiser=None: {self.found.call.name!r} was called with samples and one value each before the first "

@@ -122,6 +122,23 @@ def test_kept_widths_are_multiples_of_eight_where_nothing_else_is_said() -> None
     assert detector.masks[1 / 3].num_kept == 16
 
 
+def test_code_that_changes_at_widths_below_those_of_verification_is_refused_at_the_sparsity_that_needs_them() -> None:
+    class Thresholds(Mlp):
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            hidden = torch.tanh(self.up(x) + timesteps.to(x.dtype)[:, None] / 1000)
+            return self.down(hidden * 0.5 if hidden.shape[1] < 12 else hidden)
+
+    fit(Lit(lambda: Thresholds(64)), EarlyBirdDetector([0.5]), max_epochs=1)
+    module = Lit(lambda: Thresholds(64))
+    before = module.model.up.weight.clone()
+    message = (
+        r"denoiser='model': at the widths of sparsity 0\.875 it computes something else .* Use a lower sparsity or"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, EarlyBirdDetector([0.5, 0.875]), max_epochs=1)
+    assert torch.equal(module.model.up.weight, before)
+
+
 # --- the paper's rule -------------------------------------------------------------------------------------------------
 
 

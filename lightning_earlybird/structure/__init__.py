@@ -11,7 +11,7 @@ from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, Frozen
 from lightning_earlybird.structure.products import Product
 from lightning_earlybird.structure.resize import resize_
 from lightning_earlybird.structure.trace import trace_plan
-from lightning_earlybird.structure.verify import Verification, verify_plan
+from lightning_earlybird.structure.verify import Verification, failing_masks, verify_plan
 
 __all__ = [
     "ChannelGroup",
@@ -29,6 +29,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "extract",
+    "failing_masks",
     "resize_",
     "trace_plan",
     "verify_plan",

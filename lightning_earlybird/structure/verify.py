@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.head_trial import confirm_heads, rescue_heads
 from lightning_earlybird.structure.plan import ChannelGroup, ChannelPlan, FrozenChannels, StructureError
 from lightning_earlybird.structure.preconditions import remedy
@@ -109,6 +110,46 @@ def verify_plan(
             f"verification alone but not together ({problem}). Groups whose widths depend on each other in Python "
             f"code are the usual cause.{remedy(model)}"
         )
+
+
+@torch.inference_mode(False)
+def failing_masks(
+    model: nn.Module,
+    plan: ChannelPlan,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    masks: Mapping[str, TicketMask],
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+) -> dict[str, str]:
+    """Whether a verified plan holds at the very widths that will be used, where these are narrower than those tried.
+
+    Verification keeps about a quarter of every group at least, as code may well have a least width that it works with.
+
+    Args:
+        model: The dense denoiser.
+        plan: Its verified plan.
+        args: Positional arguments of one call.
+        kwargs: Its keyword arguments.
+        masks: Masks of the plan, by any names.
+        seed: As for :func:`verify_plan`.
+        tolerance: Likewise.
+
+    Returns:
+        Name of a mask -> what is wrong with its ticket, for those that fail; empty where no mask is so narrow.
+    """
+    narrow = {
+        name: mask
+        for name, mask in masks.items()
+        if any(4 * int(mask.kept[group.name].sum()) < group.size for group in plan.groups)
+    }
+    if not narrow:
+        return {}
+    with full_precision():
+        trial = Trial(model, args, kwargs, tolerance, torch.Generator().manual_seed(seed))
+        problems = {name: trial.compare(plan, mask)[1] for name, mask in narrow.items()}
+    return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def scattered_groups(plan: ChannelPlan) -> dict[str, str]:

@@ -48,6 +48,12 @@ def between(function: Callable[[Tensor], Tensor], widen: int = 1) -> Network:
     return Network(lambda net, x: net.b(function(net.a(x))), a=conv(3, 8), b=conv(8 * widen, 3))
 
 
+def test_a_gate_goes_with_what_it_opens() -> None:
+    network = Network(lambda net, x: net.b(functional.glu(net.a(x), dim=1)), a=conv(3, 16), b=conv(8, 3))
+
+    assert widths(network, IMAGE) == [8]
+
+
 def attention(split: str) -> Network:
     """Two heads of 8 channels each, written in one of many ways."""
 

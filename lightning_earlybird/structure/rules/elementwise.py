@@ -71,6 +71,22 @@ def meet(tracer: "ChannelTracer", operands: Sequence[Tensor], rank: int) -> list
     return merged
 
 
+@rule("glu")
+def gated(tracer: "ChannelTracer", op: Operation) -> None:
+    """The first half times the sigmoid of the second: a channel of each go together."""
+    source = op.args[0]
+    dim = op.argument(1, "dim", -1) % source.dim()
+    half = source.shape[dim] // 2
+    moved = []
+    for axis in tracer.axes(source):
+        if axis.shape[dim] > 1:
+            first, second = axis.narrow(dim, 0, half), axis.narrow(dim, half, half)
+            tracer.couplings.tie(first, second, "gated by a tensor without channels")
+            axis = first
+        moved.append(axis)
+    tracer.put(op.out, moved)
+
+
 @rule("_softmax", "softmax")
 def softmax(tracer: "ChannelTracer", op: Operation) -> None:
     """Shares of one whole: over channels, of those that stay."""
