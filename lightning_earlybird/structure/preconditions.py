@@ -1,6 +1,7 @@
 """What a network must be like to be traced, and what to do where it is not."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,11 +46,31 @@ def check_traceable(model: nn.Module) -> None:
                 f"denoiser: {name!r} is of type {tensor.dtype}, which networks do not train in. Prune the network in "
                 "float32, bfloat16 or float16, and convert the tickets."
             )
+    _check_memory(model)
     if not any(parameter.is_floating_point() or parameter.is_complex() for parameter in model.parameters()):
         raise StructureError(
             f"denoiser: {type(model).__name__} has no floating-point parameters; is it quantised? Prune the network in "
             "floating point, and quantise the tickets."
         )
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse parameters that are views of each other: their slices would be cut apart, and no longer be tied."""
+    spans = []
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            first = parameter.storage_offset()
+            last = first + sum(
+                (size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True)
+            )
+            spans.append((parameter.device, parameter.untyped_storage().data_ptr(), first, last, name))
+    spans.sort(key=lambda span: (str(span[0]), *span[1:]))
+    for one, other in itertools.pairwise(spans):
+        if one[:2] == other[:2] and other[2] <= one[3]:
+            raise StructureError(
+                f"denoiser: the parameters {one[4]!r} and {other[4]!r} are views of the same memory, so that a ticket "
+                "could not keep them tied. Use one parameter in both places (transposed in forward, say)."
+            )
 
 
 def refuse_branches(

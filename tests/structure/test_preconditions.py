@@ -217,3 +217,18 @@ def test_channels_that_python_reads_are_frozen_with_the_place() -> None:
 
     assert sizes(plan) == {"b": 8}
     assert plan.frozen[0].reason.startswith("Python code reads the values (Between, test_preconditions.py:")
+
+
+def test_parameters_that_are_views_of_each_other_are_refused_and_neighbours_in_one_memory_are_not() -> None:
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
+
+    tied = network()
+    tied[2].weight = nn.Parameter(tied[0].weight.t())
+    with pytest.raises(StructureError, match=r"'0.weight' and '2.weight' are views of the same memory, .* Use one"):
+        trace_plan(tied, (torch.ones(2, 3),))
+
+    flat = network()
+    memory = torch.randn(3 * 4 + 4 * 4)
+    flat[0].weight, flat[1].weight = (nn.Parameter(part) for part in (memory[:12].view(4, 3), memory[12:].view(4, 4)))
+    assert len(trace_plan(flat, (torch.ones(2, 3),)).groups) == 2
