@@ -35,7 +35,7 @@ from diffusers import UNet2DModel
 from memory import live_bytes
 from torch import Tensor
 
-from lightning_earlybird.budget import draw_mask
+from lightning_earlybird.budget import Allocation, Budget
 from lightning_earlybird.importance import channel_scores
 from lightning_earlybird.structure import ChannelPlan, count_parameters, extract, trace_plan, verify_plan
 
@@ -122,12 +122,12 @@ def measure(rounds: int) -> Timings:
     torch.manual_seed(0)
     network = cifar10_unet()
     inputs = (torch.randn(1, 3, 32, 32), torch.tensor([500]))
-    plan = trace_plan(network, inputs)
+    budget = Budget(trace_plan(network, inputs), Allocation())
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
         doomed = copy.deepcopy(network)
         tasks: dict[str, Callable[[], Any]] = {
-            SCORE_AND_DRAW: lambda: score_and_draw(network, plan),
+            SCORE_AND_DRAW: lambda: score_and_draw(network, budget),
             PRUNE: lambda doomed=doomed: prune_with_torch_pruning(doomed, inputs, SPARSITIES[1]),
         }
         for name, task in tasks.items():
@@ -135,10 +135,10 @@ def measure(rounds: int) -> Timings:
     return Timings({name: taken[1:] for name, taken in seconds.items()})
 
 
-def score_and_draw(network: UNet2DModel, plan: ChannelPlan) -> list[Any]:
-    """What a detector does at a check."""
-    scores = channel_scores(dict(network.named_parameters()), plan)
-    return [draw_mask(plan, scores, sparsity, round_to=8) for sparsity in SPARSITIES]
+def score_and_draw(network: UNet2DModel, budget: Budget) -> list[Any]:
+    """What a detector does at a check; it keeps its budget from the first one on."""
+    scores = channel_scores(dict(network.named_parameters()), budget.plan)
+    return [budget.draw(scores, sparsity) for sparsity in SPARSITIES]
 
 
 def seconds_of(task: Callable[[], Any]) -> float:
@@ -184,11 +184,12 @@ def claims(build: Callable[[], UNet2DModel], size: int, rounds: int) -> list[Cla
         network.zero_grad()
 
     plan = verify_plan(network, trace_plan(network, inputs), inputs).plan
-    mask = score_and_draw(network, plan)[1]
+    budget = Budget(plan, Allocation())
+    mask = score_and_draw(network, budget)[1]
     tasks: dict[str, Callable[[], Any]] = {
         "forward": forward,
         "train": train,
-        "check": lambda: score_and_draw(network, plan),
+        "check": lambda: score_and_draw(network, budget),
         "trace": lambda: trace_plan(network, inputs),
         "verify": lambda: verify_plan(network, plan, inputs),
         "verify whole": lambda: verify_on_all_pixels(network, plan, inputs),
