@@ -6,7 +6,6 @@ network must do the same: take its statistics over the channels that stay, and u
 find its own way through all weights, so that a slice in the wrong place shows as ever.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.structure.attention import numbers_in
 from lightning_earlybird.structure.plan import ChannelPlan
-from lightning_earlybird.structure.rules import Call
+from lightning_earlybird.structure.rules import Call, CallCounter
 
 Numbers = Mapping[Call, tuple[float, ...]]
 
@@ -35,14 +34,12 @@ class NumberRecord(TorchDispatchMode):
         super().__init__()
         self.numbers: dict[Call, tuple[float, ...]] = {}
         self.from_data = False
-        self._calls: Counter[str] = Counter()
+        self._calls = CallCounter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.rpartition("::")[2]
-        call = (name, self._calls[name])
-        self._calls[name] += 1
-        self.from_data |= name == "_local_scalar_dense" and args[0].is_floating_point()
+        call = self._calls.next(func)
+        self.from_data |= call[0] == "_local_scalar_dense" and args[0].is_floating_point()
         if torch.Tag.pointwise in func.tags:
             found = numbers_in(args, kwargs)
             if found:
@@ -70,13 +67,11 @@ class Counterpart(TorchDispatchMode):
             if not bool(stays.all()):
                 self._statistics.setdefault(statistic.call, []).append((statistic.dim, stays))
         self._numbers = {call: found for call, found in numbers.items() if call in plan.own_numbers}
-        self._calls: Counter[str] = Counter()
+        self._calls = CallCounter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.rpartition("::")[2]
-        call = (name, self._calls[name])
-        self._calls[name] += 1
+        call = self._calls.next(func)
         if call in self._statistics:
             return self._among_those_that_stay(func, self._statistics[call], args, kwargs)
         if call in self._numbers and torch.Tag.pointwise in func.tags:

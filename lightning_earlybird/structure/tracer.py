@@ -1,6 +1,5 @@
 """The tracer: labels every tensor that a network computes, operation by operation."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,15 @@ from lightning_earlybird.structure.attention import TracedAttention, numbers_in,
 from lightning_earlybird.structure.labels import Couplings, varying
 from lightning_earlybird.structure.products import Product, products_of
 from lightning_earlybird.structure.reads import DataReads
-from lightning_earlybird.structure.rules import CONTRACTIONS, MOVEMENTS, Call, Operation, find_rule, freeze_all
+from lightning_earlybird.structure.rules import (
+    CONTRACTIONS,
+    MOVEMENTS,
+    Call,
+    CallCounter,
+    Operation,
+    find_rule,
+    freeze_all,
+)
 
 # What scales a tensor, and what a norm computes its factor with: whatever else happens to a statistic, it is no norm's.
 SCALINGS = frozenset(["mul", "div", "neg"])
@@ -62,7 +69,7 @@ class ChannelTracer(TorchDispatchMode):
         self.unknown: dict[str, int] = {}
         self.products: list[Product] = []  # the multiply-accumulates, by labels
         self.reads = DataReads(model, inputs)
-        self._calls: Counter[str] = Counter()
+        self._calls = CallCounter()
         self._picked: dict[int, Tensor] = {}  # label of a channel that was picked -> labels among which it was
         self._aside = False
         self._known: Any = WeakTensorKeyDictionary()
@@ -231,9 +238,9 @@ class ChannelTracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self._aside:
             return out
-        name = func._schema.name.rpartition("::")[2]
-        operation = Operation(func, name, args, kwargs, out, (name, self._calls[name]))
-        self._calls[name] += 1
+        call = self._calls.next(func)
+        name = call[0]
+        operation = Operation(func, name, args, kwargs, out, call)
         inputs = operation.tensors()
         self._freeze_read(self.reads.observe(operation), inputs)
         if not operation.outputs():

@@ -10,13 +10,14 @@ freezes the channels that it touches: a missing rule costs sparsity, never corre
 from lightning_earlybird.structure.rules import contractions, elementwise, layers, movement, normalisation
 from lightning_earlybird.structure.rules.contractions import CONTRACTIONS
 from lightning_earlybird.structure.rules.movement import MOVEMENTS
-from lightning_earlybird.structure.rules.registry import RULES, Call, Operation, find_rule, freeze_all
+from lightning_earlybird.structure.rules.registry import RULES, Call, CallCounter, Operation, find_rule, freeze_all
 
 __all__ = [
     "CONTRACTIONS",
     "MOVEMENTS",
     "RULES",
     "Call",
+    "CallCounter",
     "Operation",
     "contractions",
     "elementwise",

@@ -1,5 +1,6 @@
 """How rules are written down and found."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,20 @@ if TYPE_CHECKING:
 
 
 Call = tuple[str, int]  # name of an operation, how many calls of it came before
+
+
+class CallCounter:
+    """Numbers the calls of each operation, so that runs of the same network can be laid side by side."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def next(self, func: Any) -> Call:
+        """The call of an operation that is about to be made."""
+        name = func._schema.name.rpartition("::")[2]
+        call = (name, self._counts[name])
+        self._counts[name] += 1
+        return call
 
 
 @dataclass(frozen=True)
