@@ -19,6 +19,7 @@ from lightning_earlybird.convergence import MaskWindow
 from lightning_earlybird.records import TicketFacts
 from lightning_earlybird.regions import TimestepRegion
 from lightning_earlybird.search import SearchKey, describe
+from lightning_earlybird.text import aligned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,17 +211,7 @@ def ticket_table(facts: Sequence[TicketFacts]) -> str:
         ]
         for fact in facts
     ]
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-    left = {0, len(head) - 1}
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, body)])
+    return aligned(head, body, left={0, len(head) - 1})
 
 
 def distance_figure(windows: Mapping[SearchKey, MaskWindow], threshold: float) -> "Figure":

@@ -1,0 +1,1 @@
+"""Tickets that train side by side on several devices: who trains what, and how long that takes."""
