@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_earlybird.absent import AbsentTicket
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import find_ensemble, forget_training, split_name
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
@@ -39,6 +40,12 @@ def save_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         "timesteps": asdict(ensemble.timesteps),
         "record": ensemble.record.to_json(),
         "masks": [mask.state_dict() for mask in ensemble.record.masks],
+        # Of tickets that other ranks train there are no tensors to tell their shapes.
+        "absent": {
+            str(index): {key: list(shape) for key, shape in ticket.shapes().items()}
+            for index, ticket in enumerate(ensemble.tickets)
+            if isinstance(ticket, AbsentTicket)
+        },
     }
 
 
@@ -72,9 +79,17 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
         if key.startswith(prefix):
             ticket, dense_name = split_name(key.removeprefix(f"{name}."))
             shapes[ticket][dense_name] = tensor.shape
+    absent = {int(index): own for index, own in state.get("absent", {}).items()}
+    for index, own in absent.items():
+        shapes[index] = {key: torch.Size(shape) for key, shape in own.items()}
     if present is not None:
-        own = [{key: value.shape for key, value in ticket.state_dict().items()} for ticket in present[1].tickets]
-        if own != shapes:
+        own_shapes = [
+            ticket.shapes()
+            if isinstance(ticket, AbsentTicket)
+            else {key: value.shape for key, value in ticket.state_dict().items()}
+            for ticket in present[1].tickets
+        ]
+        if own_shapes != shapes or set(present[1].hosted) & set(absent):
             raise MisconfigurationException(
                 f"ckpt_path: its tickets have other shapes than those in {present[0]!r}. Build a fresh module and load "
                 "the checkpoint into that."
@@ -92,9 +107,11 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
         return
 
     def build(dense: nn.Module) -> nn.Module:
-        tickets = [
+        tickets: list[nn.Module] = [
             resize_(copy.deepcopy(dense), shape, edits) for shape, edits in zip(shapes, record.edits, strict=True)
         ]
+        for index in absent:
+            tickets[index] = AbsentTicket(tickets[index])
         ensemble = TicketEnsemble(tickets, partition, timesteps)
         ensemble.record = record
         return ensemble

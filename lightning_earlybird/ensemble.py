@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_earlybird.absent import AbsentTicket
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 
 if TYPE_CHECKING:
@@ -62,6 +64,19 @@ class TimestepArgument:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One ticket has the word: all samples are its own, whatever other tickets there are.
+
+    Args:
+        ticket: Index of the ticket.
+        check: Called with the timesteps of each call, as they came in; raises if one is not the ticket's.
+    """
+
+    ticket: int
+    check: Callable[[Any], None]
+
+
 class TicketEnsemble(nn.Module):
     """Takes the place of the denoiser: routes every sample of a batch to the ticket of its timestep's region.
 
@@ -73,6 +88,11 @@ class TicketEnsemble(nn.Module):
 
     Attributes that the ensemble does not have are looked up on the first ticket if they are plain values (``config``,
     ``dtype``, ``device``); never modules, parameters, tensors or methods, which would speak for one ticket only.
+
+    Where ranks train different tickets (:class:`MultiTicketStrategy`), those of other ranks are absent: an
+    :class:`AbsentTicket` keeps their place, so that names and indices are the same everywhere, and samples of their
+    regions go to the nearest ticket that is there, with a warning. While a ticket has its ``turn``, every sample goes
+    to that one.
 
     Args:
         tickets: The extracted networks, one per region, in region order. Not copied.
@@ -86,6 +106,8 @@ class TicketEnsemble(nn.Module):
     tickets: nn.ModuleList
     record: EnsembleRecord | None
     """What saving needs to know besides the weights; None where the ensemble was put together by hand."""
+    turn: Turn | None
+    """The ticket that all samples go to at present; None routes them by their timesteps."""
 
     def __init__(self, tickets: Sequence[nn.Module], partition: TimestepPartition, timesteps: TimestepArgument) -> None:
         super().__init__()
@@ -98,6 +120,13 @@ class TicketEnsemble(nn.Module):
         self.partition = partition
         self.timesteps = timesteps
         self.record = None
+        self.turn = None
+        self._warned_of_absence = False
+
+    @property
+    def hosted(self) -> tuple[int, ...]:
+        """Indices of the tickets that are here; all of them, unless other ranks train the rest."""
+        return tuple(i for i, ticket in enumerate(self.tickets) if not isinstance(ticket, AbsentTicket))
 
     @property
     def regions(self) -> tuple[TimestepRegion, ...]:
@@ -120,7 +149,11 @@ class TicketEnsemble(nn.Module):
             ValueError: If a timestep lies outside the regions, if there are several timesteps per row, or if an output
                 that has to be put together does not have one row per timestep.
         """
-        rows = self._route(self.timesteps.find(args, kwargs))
+        timesteps = self.timesteps.find(args, kwargs)
+        if self.turn is not None:
+            self.turn.check(timesteps)
+            return self.tickets[self.turn.ticket](*args, **kwargs)
+        rows = self._route(timesteps)
         if len(rows) == 1:
             return self.tickets[next(iter(rows))](*args, **kwargs)
         batch_size = sum(len(index) for index in rows.values())
@@ -141,7 +174,8 @@ class TicketEnsemble(nn.Module):
 
         The timesteps are brought to the host first, so that a call waits for the device once and no more.
         """
-        everything = {0: torch.empty(0, dtype=torch.long)}
+        hosted = self.hosted
+        everything = {hosted[0]: torch.empty(0, dtype=torch.long)}
         if len(self.regions) == 1 and math.isinf(self.partition.start) and math.isinf(self.partition.stop):
             return everything
         if isinstance(timesteps, Tensor):
@@ -162,7 +196,24 @@ class TicketEnsemble(nn.Module):
             return everything
         steps = steps.reshape(-1)
         owners = self.partition.assign(steps) if self.training else self.partition.lookup(steps)
+        if len(hosted) < len(self.tickets):
+            owners = self._among(hosted, owners)
         return {number: torch.nonzero(owners == number).flatten() for number in sorted(set(owners.tolist()))}
+
+    def _among(self, hosted: tuple[int, ...], owners: Tensor) -> Tensor:
+        """The nearest ticket that is here in place of each that is not."""
+        nearest = (torch.arange(len(self.tickets))[:, None] - torch.tensor(hosted)).abs().argmin(1)
+        here = torch.tensor(hosted)[nearest][owners]
+        if not self._warned_of_absence and not torch.equal(here, owners):
+            self._warned_of_absence = True
+            warnings.warn(
+                f"the tickets {sorted(set(owners.tolist()) - set(hosted))} are trained by other ranks; their samples "
+                f"are given to the nearest of the tickets {list(hosted)}, which are here, and what comes out for them "
+                "means nothing. Between the switch and the end of the fit, evaluate with timesteps that are drawn by "
+                "`sample_timesteps` or torch.randint, and sample after the fit.",
+                stacklevel=2,
+            )
+        return here
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -172,7 +223,8 @@ class TicketEnsemble(nn.Module):
             tickets = self.__dict__.get("_modules", {}).get("tickets")
             if name.startswith("_") or tickets is None:
                 raise
-        value = getattr(tickets[0], name, _MISSING)
+        first = next((ticket for ticket in tickets if not isinstance(ticket, AbsentTicket)), None)
+        value = getattr(first, name, _MISSING)
         if value is _MISSING or isinstance(value, (nn.Module, Tensor)) or inspect.isroutine(value):
             raise AttributeError(
                 f"'{type(self).__name__}' has no attribute '{name}': the denoiser has become {len(tickets)} tickets; "

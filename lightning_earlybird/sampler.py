@@ -47,7 +47,8 @@ class TicketEnsembleSampler(TicketEnsemble):
             trainer: A Trainer whose fit has turned the denoiser into tickets.
 
         Raises:
-            RuntimeError: If its module holds no ensemble of tickets, or several.
+            RuntimeError: If its module holds no ensemble of tickets, several, or one whose other tickets are being
+                trained by other ranks.
         """
         from lightning.pytorch.callbacks import WeightAveraging
 
@@ -66,6 +67,11 @@ class TicketEnsembleSampler(TicketEnsemble):
                 "reached; train longer, or set max_search_steps"
             )
             raise RuntimeError(f"the trainer's module holds {len(ensembles)} ticket ensembles, expected one; {remedy}.")
+        if len(ensembles[0].hosted) < len(ensembles[0].tickets):
+            raise RuntimeError(
+                f"the trainer's module holds the tickets {list(ensembles[0].hosted)} of {len(ensembles[0].tickets)}: "
+                "other ranks train the rest. They come together at the end of the fit; sample after it."
+            )
         return cls._of(copy.deepcopy(ensembles[0]))
 
     @classmethod

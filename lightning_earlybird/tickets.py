@@ -41,6 +41,8 @@ __all__ = [
     "describe_denoiser",
     "load_ensemble",
     "save_ensemble",
+    "save_one_ticket",
+    "saved_partition",
     "tensor_names",
 ]
 
@@ -137,6 +139,33 @@ def save_ensemble(
         check_target(directory)
 
 
+def save_one_ticket(directory: str | os.PathLike[str], ensemble: TicketEnsemble, ticket: int) -> None:
+    """Writes one ticket of an ensemble by itself: an ensemble of its one region, which :func:`load_ensemble` reads.
+
+    Args:
+        directory: As for :func:`save_ensemble`.
+        ensemble: The ensemble, with its record.
+        ticket: Index of the ticket.
+
+    Raises:
+        FileExistsError: See :func:`check_target`.
+        ValueError: If the ensemble has no record.
+    """
+    record = ensemble.record
+    if record is None:
+        raise ValueError("record=None: the ensemble was put together by hand; set `record` to an EnsembleRecord.")
+    partition = TimestepPartition((ensemble.regions[ticket],))
+    save_ensemble(
+        directory,
+        TicketEnsemble([ensemble.tickets[ticket]], partition, ensemble.timesteps),
+        denoiser=record.denoiser,
+        edits=[record.edits[ticket]],
+        masks=[record.masks[ticket]] if record.masks else None,
+        facts=[record.facts[ticket]] if record.facts else None,
+        sample_shape=record.sample_shape,
+    )
+
+
 def load_ensemble(directory: str | os.PathLike[str], denoiser: Callable[[], nn.Module] | None = None) -> TicketEnsemble:
     """Reads an ensemble that :func:`save_ensemble` wrote, without tracing and without unpickling; in evaluation mode.
 
@@ -198,6 +227,16 @@ def tensor_names(directory: str | os.PathLike[str]) -> set[str]:
     """
     entries = _read_index(Path(directory))["tickets"].elements()
     return {name for entry in entries for name in entry["tensors"].mapping()}
+
+
+def saved_partition(directory: str | os.PathLike[str]) -> TimestepPartition:
+    """The regions of a saved ensemble.
+
+    Raises:
+        EnsembleFormatError: If the directory is not a saved ensemble.
+    """
+    partition: TimestepPartition = _read_index(Path(directory))["partition"].parsed(TimestepPartition.from_json)
+    return partition
 
 
 def _read_index(folder: Path) -> Field:

@@ -6,6 +6,13 @@
 from lightning_earlybird.transition.averages import averaged_modules, initial_share
 from lightning_earlybird.transition.checks import check_supported
 from lightning_earlybird.transition.scores import forget_scores
-from lightning_earlybird.transition.switch import replace_denoiser
+from lightning_earlybird.transition.switch import replace_denoiser, unwrap_ddp
 
-__all__ = ["averaged_modules", "check_supported", "forget_scores", "initial_share", "replace_denoiser"]
+__all__ = [
+    "averaged_modules",
+    "check_supported",
+    "forget_scores",
+    "initial_share",
+    "replace_denoiser",
+    "unwrap_ddp",
+]

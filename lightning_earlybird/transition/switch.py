@@ -67,7 +67,7 @@ def replace_denoiser(
     strategy = trainer.strategy
     optimizers = [bare(optimizer) for optimizer in strategy.optimizers]
     with isolate_rng(include_cuda=strategy.root_device.type == "cuda"):
-        wrapped = _release(strategy)
+        wrapped = unwrap_ddp(strategy)
         lineages = _exchange(module, name, build, source, strategy)
         changed = False
         for lineage in lineages:
@@ -129,7 +129,7 @@ def _rekey_toggled(module: pl.LightningModule, lineage: Lineage) -> None:
     toggled.update(remembered)
 
 
-def _release(strategy: Strategy) -> bool:
+def unwrap_ddp(strategy: Strategy) -> bool:
     """Take the module out of DDP, whose reducer is bound to the dense parameters; whether it was in DDP."""
     if not isinstance(strategy.model, DistributedDataParallel):
         return False
