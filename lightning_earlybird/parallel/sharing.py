@@ -1,7 +1,6 @@
 """How ranks are shared out so that the slowest is done as early as can be: arithmetic on numbers alone."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 _EXACT_TICKETS = 10  # at most 115,975 ways to pack them, of which the bound leaves few; about 0.1 s
@@ -67,13 +66,12 @@ def arrange(sizes: Sequence[int], ranks_per_node: int | None) -> list[int]:
         return list(range(len(sizes)))
 
     def straddling(order: Iterable[int]) -> int:
-        excess = first = 0
+        crossed = first = 0
         for group in order:
             last = first + sizes[group] - 1
-            nodes = last // ranks_per_node - first // ranks_per_node + 1
-            excess += nodes - math.ceil(sizes[group] / ranks_per_node)
+            crossed += last // ranks_per_node - first // ranks_per_node
             first = last + 1
-        return excess
+        return crossed
 
     # Permutations come in lexicographic order, and min keeps the first of equals: the nearest to the given order.
     return list(min(itertools.permutations(range(len(sizes))), key=straddling))
@@ -107,14 +105,15 @@ def _exact(costs: Sequence[float], num_ranks: int, start: list[int]) -> list[int
         ranks = waiting.pop()
         used = max(ranks, default=-1) + 1
         sums = sums_of(ranks)
-        # What is left must suffice to give every rank a ticket, and the largest sum only grows.
-        if num_ranks - used > len(costs) - len(ranks) or max(sums) > least[0]:
+        if max(sums) > least[0]:  # it only grows
             continue
         if len(ranks) < len(costs):
             # Empty ranks are alike, so that one of them is enough.
             waiting += [[*ranks, rank] for rank in reversed(range(min(used + 1, num_ranks)))]
             continue
         sums.sort(reverse=True)
+        # Never one that leaves a rank empty: with a ticket moved there it would be as good or better, and `start` is
+        # the best there is where only tickets that cost nothing could be moved.
         if sums < least:
             best, least = ranks, sums
     return best
