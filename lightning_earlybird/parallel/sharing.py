@@ -105,15 +105,14 @@ def _exact(costs: Sequence[float], num_ranks: int, start: list[int]) -> list[int
         ranks = waiting.pop()
         used = max(ranks, default=-1) + 1
         sums = sums_of(ranks)
-        if max(sums) > least[0]:  # it only grows
+        # What is left must suffice to give every rank a ticket, and the largest sum only grows.
+        if num_ranks - used > len(costs) - len(ranks) or max(sums) > least[0]:
             continue
         if len(ranks) < len(costs):
             # Empty ranks are alike, so that one of them is enough.
             waiting += [[*ranks, rank] for rank in reversed(range(min(used + 1, num_ranks)))]
             continue
         sums.sort(reverse=True)
-        # Never one that leaves a rank empty: with a ticket moved there it would be as good or better, and `start` is
-        # the best there is where only tickets that cost nothing could be moved.
         if sums < least:
             best, least = ranks, sums
     return best

@@ -51,6 +51,7 @@ def test_many_tickets_are_packed_longest_first() -> None:
 def test_tickets_that_cost_nothing_leave_no_rank_empty() -> None:
     assert sorted(pack([0, 0, 0], 3)) == [0, 1, 2]
     assert set(pack([0.0] * 12, 4)) == {0, 1, 2, 3}
+    assert pack([1e20, 1.0], 2) == [0, 1]  # next to 1e20, one more is nothing
 
 
 @given(COSTS, st.data())
