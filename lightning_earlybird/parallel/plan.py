@@ -179,8 +179,7 @@ class TicketPlan:
         path, total, efficiency = self.critical_path_s, self.total_s, self.efficiency
         if path is None or total is None or efficiency is None:
             return "critical path open: a ticket without a limit of steps trains until something else ends the training"
-        # + 0.0 makes of the -0.0 that rounding can leave a plain zero.
-        idle = round(self.world_size * (1 - efficiency), 2) + 0.0
+        idle = round(self.world_size * (1 - efficiency), 2)
         whose = "1 rank's" if self.world_size == 1 else f"{self.world_size} ranks'"
         return f"critical path {duration(path)}, device time {duration(total)}, {idle:g} of {whose} time idle"
 
@@ -262,7 +261,7 @@ def check_count(name: str, value: object) -> None:
 
 def _sum(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    # fsum does not depend on the order, so that plans of reordered tickets agree to the last digit.
+    # Rounded once, so that the sum depends on no order, and never exceeds as many times the largest value.
     return math.fsum(known) if len(known) == len(values) else None
 
 

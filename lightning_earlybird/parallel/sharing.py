@@ -1,7 +1,6 @@
 """How ranks are shared out so that the slowest is done as early as can be: arithmetic on numbers alone."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 _EXACT_TICKETS = 10  # at most 115,975 ways to pack them, of which the bound leaves few; about 0.1 s
@@ -67,13 +66,12 @@ def arrange(sizes: Sequence[int], ranks_per_node: int | None) -> list[int]:
         return list(range(len(sizes)))
 
     def straddling(order: Iterable[int]) -> int:
-        excess = first = 0
+        crossed = first = 0
         for group in order:
             last = first + sizes[group] - 1
-            nodes = last // ranks_per_node - first // ranks_per_node + 1
-            excess += nodes - math.ceil(sizes[group] / ranks_per_node)
+            crossed += last // ranks_per_node - first // ranks_per_node
             first = last + 1
-        return excess
+        return crossed
 
     # Permutations come in lexicographic order, and min keeps the first of equals: the nearest to the given order.
     return list(min(itertools.permutations(range(len(sizes))), key=straddling))

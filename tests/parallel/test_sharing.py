@@ -37,13 +37,21 @@ def test_packing_by_hand() -> None:
 
 
 def test_after_the_largest_sum_the_next_one_is_made_small() -> None:
-    # The largest is 10 whatever the others do; they are spread all the same.
-    assert sorted(sums([10, 1, 1, 1, 1], pack([10, 1, 1, 1, 1], 3), 3)) == [2, 2, 10]
+    # The largest is 10 whatever the others do. They are spread all the same: longest first gives 5 + 3 and 4 + 3 + 3.
+    costs = [10, 5, 4, 3, 3, 3]
+    assert sorted(sums(costs, pack(costs, 3), 3)) == [9, 9, 10]
+
+
+def test_many_tickets_are_packed_longest_first() -> None:
+    # In the order given, the last would come on top of five others.
+    costs = [1] * 10 + [10]
+    assert sums(costs, pack(costs, 2), 2) == [10, 10]
 
 
 def test_tickets_that_cost_nothing_leave_no_rank_empty() -> None:
     assert sorted(pack([0, 0, 0], 3)) == [0, 1, 2]
     assert set(pack([0.0] * 12, 4)) == {0, 1, 2, 3}
+    assert pack([1e20, 1.0], 2) == [0, 1]  # next to 1e20, one more is nothing
 
 
 @given(COSTS, st.data())
