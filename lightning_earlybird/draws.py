@@ -6,10 +6,13 @@ given that they fall into that part.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Rounds double up to the largest one: about 2**20 draws of a single timestep, some 10**7 of a usual batch. A density
 # with less mass inside than that finds is taken for a mistake in the time unit.
@@ -57,12 +60,15 @@ def draw_uniform(
             "draw_within with the density that the dense network is trained with."
         )
     count = (batch_size + 1) // 2 if antithetic else batch_size
-    drawn_on = device if generator is None else generator.device
+    # Compiled functions of changing batch size cannot be traced where `generator=None` is written out.
+    source: dict[str, Any] = (
+        {"device": device} if generator is None else {"generator": generator, "device": generator.device}
+    )
     if isinstance(start, int) and isinstance(stop, int):
-        timesteps = torch.randint(start, stop, (count,), generator=generator, device=drawn_on)
+        timesteps = torch.randint(start, stop, (count,), **source)
         mirrored = (start + stop - 1) - timesteps
     else:
-        uniform = torch.rand(count, generator=generator, device=drawn_on)
+        uniform = torch.rand(count, **source)
         lower, upper = rounded(start, uniform.dtype), rounded(stop, uniform.dtype)
         if lower == upper:
             raise ValueError(
@@ -77,6 +83,13 @@ def draw_uniform(
     return timesteps if device is None else timesteps.to(device)
 
 
+def _never_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """As ``torch.compiler.disable``, whose type says nothing."""
+    return cast(Callable[_P, _R], torch.compiler.disable(function))
+
+
+# How many rounds there are depends on what was drawn: compiled code would be compiled again and again.
+@_never_compiled
 def draw_within(draw: Callable[[int], Tensor], batch_size: int, start: float, stop: float) -> Tensor:
     """Draws timesteps of any density, given that they lie in ``[start, stop)``: those outside are drawn again.
 

@@ -7,23 +7,20 @@ can know what ``training_step`` does with the timesteps afterwards, so what reac
 
 import copy
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from lightning_earlybird.draws import DrawError, check_interval, draw_within, rounded
+from lightning_earlybird.parallel.integer_draws import LimitedIntegerDraws, unlimited_draws
 
 Interval: TypeAlias = tuple[float, float]
 """``(start, stop)``, half-open, in the time unit of the regions."""
 
 _NAME = "sample_timesteps"
-# How many arguments come before the bounds: the tensor that is filled, or whose shape is taken.
-_LEADING: dict[Any, int] = {torch.randint: 0, torch.randint_like: 1, torch.Tensor.random_: 1}
 
 
 @contextmanager
@@ -35,8 +32,8 @@ def limited_timesteps(module: nn.Module, axis: Interval, bounds: Interval) -> It
     enough of its timesteps lie inside, which keeps its density (:func:`~lightning_earlybird.draws.draw_within`).
 
     A module without this method has its integer draws restricted whose range is exactly the axis: ``torch.randint``,
-    ``torch.randint_like`` and ``Tensor.random_``, in compiled functions, too. As many random numbers are consumed as
-    without. Draws of any other range, or of another kind, are left alone.
+    ``torch.randint_like`` and ``Tensor.random_``; inside of compiled functions ``torch.randint`` only. As many random
+    numbers are consumed as without. Draws of any other range, or of another kind, are left alone.
 
     Contexts of one module may be nested: the innermost counts.
 
@@ -60,9 +57,10 @@ def limited_timesteps(module: nn.Module, axis: Interval, bounds: Interval) -> It
         return
     low, high = rounded(bounds[0], torch.long), rounded(bounds[1], torch.long)
     if bounds == axis or not all(map(_is_whole, axis)) or low >= high:
-        yield
+        with unlimited_draws():
+            yield
         return
-    with _IntegerDraws((int(axis[0]), int(axis[1])), (int(low), int(high))):
+    with LimitedIntegerDraws((int(axis[0]), int(axis[1])), (int(low), int(high))):
         yield
 
 
@@ -198,44 +196,3 @@ def _drawing_again(sampler: Callable[..., Any], name: str, first: str, bounds: I
             raise DrawError(f"{name} was asked for timesteps of the ticket in turn: {error} {remedy}") from error
 
     return limited
-
-
-class _IntegerDraws(TorchFunctionMode):
-    """Integer draws over the axis become draws over the bounds.
-
-    It acts while torch.compile traces a function, too (a draw inside of a compiled graph is seen at no other time), and
-    dynamo guards on the bounds: graphs that draw are compiled once for each ticket, others once.
-    """
-
-    def __init__(self, axis: tuple[int, int], bounds: tuple[int, int]) -> None:
-        super().__init__()
-        self.axis = axis
-        self.bounds = bounds
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _LEADING:
-            args, kwargs = self._limited(func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _limited(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        low, high = ("from", "to") if func is torch.Tensor.random_ else ("low", "high")
-        leading = _LEADING[func] if "input" not in kwargs else 0
-        trailing = int(func is torch.randint and "size" not in kwargs)
-        given = args[leading : len(args) - trailing]
-        ends = [*given, *(kwargs[name] for name in (low, high) if name in kwargs)]
-        if len(ends) == 1 and low not in kwargs:
-            ends = [0, *ends]
-        if len(ends) != 2 or (_integer(ends[0]), _integer(ends[1])) != self.axis:
-            return args, kwargs
-        rest = {name: value for name, value in kwargs.items() if name not in (low, high)}
-        return (*args[:leading], *self.bounds, *args[len(args) - trailing :]), rest
-
-
-def _integer(value: Any) -> int | None:
-    """A bound as torch takes it: an integer of Python or NumPy, or a tensor of one."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_floating_point()):
-        return None
-    return operator.index(value) if hasattr(value, "__index__") else None
