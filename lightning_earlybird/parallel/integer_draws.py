@@ -48,6 +48,8 @@ class LimitedIntegerDraws(TorchFunctionMode):
             ends = [0, *ends]
         if len(ends) != 2 or (_integer(ends[0]), _integer(ends[1])) != self.axis:
             return args, kwargs
+        if "input" in kwargs:  # nothing positional may come after it
+            return (), {**kwargs, low: self.bounds[0], high: self.bounds[1]}
         rest = {name: value for name, value in kwargs.items() if name not in (low, high)}
         return (*args[:leading], *self.bounds, *args[len(args) - trailing :]), rest
 
