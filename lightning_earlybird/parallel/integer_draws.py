@@ -44,7 +44,7 @@ class LimitedIntegerDraws(TorchFunctionMode):
         trailing = int(func is torch.randint and "size" not in kwargs)
         given = args[leading : len(args) - trailing]
         ends = [*given, *(kwargs[name] for name in (low, high) if name in kwargs)]
-        if len(ends) == 1 and low not in kwargs:
+        if len(ends) == 1:  # the upper one, or torch would have refused the call by now
             ends = [0, *ends]
         if len(ends) != 2 or (_integer(ends[0]), _integer(ends[1])) != self.axis:
             return args, kwargs

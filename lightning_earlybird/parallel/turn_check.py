@@ -67,12 +67,10 @@ def _outside(values: Tensor, start: float, stop: float) -> Tensor:
     if not values.is_floating_point():
         values = values.long()
         return (values < rounded(start, torch.long)) | (values >= rounded(stop, torch.long))
-    # Sums in half precision would round the allowance away. The scale is at least 1 because values next to 0 may be
-    # differences of larger ones, as the logarithm of a sigma is.
+    # The scale is at least 1 because values next to 0 may be differences of larger ones, as log(sigma) is.
     scale = max([1.0, *(abs(bound) for bound in (start, stop) if math.isfinite(bound))])
     allowance = _ULPS * torch.finfo(values.dtype).eps * scale
     lower, upper = rounded(start, values.dtype) - allowance, rounded(stop, values.dtype) + allowance
-    values = values.double()
     # Written as the negation of what must hold, so that NaN, which compares false with everything, is outside too.
     return ~((values >= lower) & (values <= upper))
 

@@ -140,6 +140,7 @@ def test_an_output_tensor_is_filled_and_returned() -> None:
         lambda: torch.multinomial(torch.ones(T), 4),
         lambda: torch.empty(4).uniform_(0, T),
         lambda: torch.arange(0, T),
+        lambda: torch.randint_like(torch.empty(4), torch.tensor(float(T))),
     ],
 )
 def test_anything_but_a_range_of_integers_is_left_alone(draw: Callable[[], Tensor]) -> None:
@@ -158,6 +159,10 @@ def test_anything_but_a_range_of_integers_is_left_alone(draw: Callable[[], Tenso
         lambda: torch.randint("0", T, (4,)),
         lambda: torch.randint(high=T),
         lambda: torch.randint(low=0, size=(4,)),
+        lambda: torch.randint(low=T, size=(4,)),
+        lambda: torch.empty(4).random_(**{"from": T}),
+        lambda: torch.randint(0, torch.tensor(float(T)), (4,)),
+        lambda: torch.randint_like(torch.empty(2), torch.tensor([T, T])),
         lambda: torch.randint(),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from modules import Lit, Tutorial, fit
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from lightning_earlybird import draw_uniform
 from lightning_earlybird.draws import DrawError
@@ -214,11 +215,32 @@ def test_a_compiled_step_follows_the_bounds_of_every_turn(sampler: type[nn.Modul
     assert step(torch.randn(512, 2)).max() > 900
 
 
-def test_a_method_called_without_a_batch_size_is_refused() -> None:
-    class Like(nn.Module):
-        def sample_timesteps(self, samples: Tensor) -> Tensor:
-            return torch.randint(0, 1000, samples.shape[:1])
+def test_drawing_again_is_not_compiled_for_every_turn() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    module = Biased()
+    step = torch.compile(lambda samples: module.sample_timesteps(len(samples)) + 0 * samples[:, 0], backend="aot_eager")
+    compiled = []
+    for turn in range(12):
+        start = 100 * (turn % 3)
+        with limited_timesteps(module, AXIS, (start, start + 50 + turn)):
+            step(torch.randn(64, 2))
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[-1] == compiled[5] <= 4
 
+
+class Like(nn.Module):
+    def sample_timesteps(self, samples: Tensor) -> Tensor:
+        return torch.randint(0, 1000, samples.shape[:1])
+
+
+def test_a_ticket_of_the_whole_axis_may_be_drawn_for_in_any_way() -> None:
+    module = Like()
+    with limited_timesteps(module, AXIS, AXIS):
+        assert module.sample_timesteps(torch.zeros(512)).max() > 900
+
+
+def test_a_method_called_without_a_batch_size_is_refused() -> None:
     message = (
         r"Like.sample_timesteps must be called with the batch size, an integer, as its first argument .* not with "
         r"Tensor. Let Like.sample_timesteps take start and stop"

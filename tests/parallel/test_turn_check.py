@@ -181,6 +181,13 @@ class Flow(Antithetic):
         return torch.randn(n).sigmoid()
 
 
+class WholeSigmas(Antithetic):
+    """In continuous time, with regions that are written in integers."""
+
+    def draw(self, n: int) -> Tensor:
+        return torch.rand(n) * 80
+
+
 class Sigmas(Antithetic):
     def draw(self, n: int) -> Tensor:
         return torch.randn(n)
@@ -210,7 +217,13 @@ def run(module: Antithetic, axis: Any, bounds: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "axis", "bounds"),
     [(kind, AXIS, BOUNDS) for kind in (Antithetic, Scaled, Permuted, HalfRange, Descending, NoZero)]
-    + [(Scaled, (0.0, 1000.0), (240.0, 460.0)), (Flow, FLOW, PART), (Flow, (0, 1), PART), (Flow, (0, 1), (0, 0.5))]
+    + [
+        (Scaled, (0.0, 1000.0), (240.0, 460.0)),
+        (Flow, FLOW, PART),
+        (Flow, (0, 1), PART),
+        (Flow, (0, 1), (0, 0.5)),
+        (WholeSigmas, (0, 80), (0, 40)),
+    ]
     + [(Sigmas, (-math.inf, math.inf), (-math.inf, 0.5)), (Sigmas, (-8.0, 8.0), (0.2, 1.0))],
 )
 def test_what_cannot_be_intercepted_is_refused_and_cured_by_what_the_message_shows(
