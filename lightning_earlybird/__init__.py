@@ -5,6 +5,7 @@ settle, and then becomes one small network per timestep region, each trained onl
 """
 
 from lightning_earlybird.detector import EarlyBirdDetector
+from lightning_earlybird.draws import draw_uniform, draw_within
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.importance import NonFiniteWeightsError
 from lightning_earlybird.masks import TicketMask
@@ -27,4 +28,6 @@ __all__ = [
     "TimestepAwarePruner",
     "TimestepPartition",
     "TimestepRegion",
+    "draw_uniform",
+    "draw_within",
 ]

@@ -8,6 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_earlybird.draws import check_number, rounded
+from lightning_earlybird.draws import draw_uniform as draw_uniform
+from lightning_earlybird.draws import draw_within as draw_within
+
 
 @dataclass(frozen=True)
 class TimestepRegion:
@@ -32,7 +36,7 @@ class TimestepRegion:
 
     def __post_init__(self) -> None:
         for name in ("start", "stop", "sparsity"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         if not self.start < self.stop:
             raise ValueError(
                 f"TimestepRegion(start={self.start!r}, stop={self.stop!r}) is empty: start must be below stop, "
@@ -76,7 +80,7 @@ class TimestepPartition:
             raise ValueError("regions=() must hold at least one region. Give TimestepRegion(start, stop, sparsity).")
         for index in range(1, len(self.regions)):
             _check_neighbours(self.regions[index - 1], self.regions[index], index)
-        _check_number("overlap", self.overlap)
+        check_number("overlap", self.overlap)
         if not 0 <= self.overlap < math.inf:
             raise ValueError(
                 f"overlap={self.overlap!r} must be at least 0 and finite; it is a length on the time axis."
@@ -160,7 +164,7 @@ class TimestepPartition:
         Raises:
             ValueError: If ``check`` and a timestep lies outside ``[start, stop)`` or is NaN.
         """
-        start, *bounds, stop = (_rounded(bound, timesteps.dtype) for bound in self._bounds())
+        start, *bounds, stop = (rounded(bound, timesteps.dtype) for bound in self._bounds())
         values = timesteps if timesteps.is_floating_point() else timesteps.long()
         indices = torch.zeros_like(values, dtype=torch.long)
         for bound in bounds:
@@ -196,7 +200,7 @@ class TimestepPartition:
         # `indices` is not updated in the loop, so that a timestep moves down by one region at most.
         moved = torch.zeros_like(heads)
         for index in range(1, len(self.regions)):
-            upper = _rounded(self.training_bounds(index - 1)[1], timesteps.dtype)
+            upper = rounded(self.training_bounds(index - 1)[1], timesteps.dtype)
             moved |= heads & (indices == index) & (values < upper)
         return indices - moved.long()
 
@@ -312,24 +316,9 @@ def _check_neighbours(lower: TimestepRegion, upper: TimestepRegion, index: int) 
     raise ValueError(f"{pair} leave a gap: set start={lower.stop!r} on the second, or add a region between them.")
 
 
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ValueError(f"{name}={value!r} must be a plain int or float and not NaN; an open end is -inf or inf.")
-
-
 def _interval(region: TimestepRegion) -> str:
     return f"[{region.start!r}, {region.stop!r})"
 
 
 def _described(data: Any) -> str:
     return ", ".join(map(repr, data)) or "none" if isinstance(data, Mapping) else repr(data)
-
-
-def _rounded(bound: float, dtype: torch.dtype) -> float:
-    if math.isinf(bound):
-        return bound
-    if dtype.is_floating_point:
-        # In its own dtype a timestep can equal a bound such as 0.24 exactly; in float64 the float32 value lies below.
-        return float(torch.tensor(bound, dtype=dtype))
-    # For an integer t and any real b: t >= b is t >= ceil(b), and likewise t < b; no rounding of large t to float.
-    return math.ceil(bound)

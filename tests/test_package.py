@@ -28,6 +28,8 @@ def test_the_public_names_are_these() -> None:
         "TimestepAwarePruner",
         "TimestepPartition",
         "TimestepRegion",
+        "draw_uniform",
+        "draw_within",
     ]
     assert all(hasattr(lightning_earlybird, name) for name in lightning_earlybird.__all__)
 
