@@ -3,6 +3,7 @@
     python examples/digits.py                                               # examples/configs/digits.yaml
     python examples/digits.py trainer.max_epochs=40 pruner.overlap=10       # overrides
     python examples/digits.py my_digits.yaml                                # a configuration of your own
+    python examples/digits.py trainer.devices=3 trainer.strategy=multi_ticket threads=1  # tickets side by side
 
 Ends with tables in the terminal; the ensemble, a grid of samples, two figures and the metrics are in the output folder.
 """
@@ -110,7 +111,7 @@ class DenseKeeper(Callback):
             self.denoiser = copy.deepcopy(self.average._average_model.module.model).eval()
             self.search_s = time.perf_counter() - self._started
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.total_s = time.perf_counter() - self._started
 
 
@@ -140,7 +141,7 @@ class Pixels(nn.Module):
 
 def frechet_distance(images: Tensor, real: Tensor) -> float:
     """Fréchet distance in pixel space, between images of shape (N, 1, 8, 8) and values in [-1, 1]."""
-    metric = FrechetInceptionDistance(Pixels(), normalize=True).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(Pixels(), normalize=True, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(real, real=True)
     metric.update(images.cpu(), real=False)
     return float(metric.compute())
@@ -159,21 +160,30 @@ def sample_figure(columns: dict[str, Tensor], grid: int) -> Figure:
     return figure
 
 
-def cost_report(keeper: DenseKeeper, pruner: TimestepAwarePruner, steps: int, batch_size: int) -> str:
+def cost_report(keeper: DenseKeeper, pruner: TimestepAwarePruner, trainer: L.Trainer, batch_size: int) -> str:
     """What the training cost, in multiply-accumulate operations (a backward pass costs about two forward passes)."""
     facts, switched_at = pruner.facts, pruner.switched_at or 0
+    steps = trainer.global_step - switched_at
     span = facts[-1].region.stop - facts[0].region.start
-    dense = 3 * batch_size * facts[0].macs[0]
-    # Timesteps are uniform, so that each ticket gets the share of the samples that is its region's share of the axis.
-    tickets = 3 * batch_size * sum(f.macs[1] * (f.region.stop - f.region.start) / span for f in facts)
-    search, training = switched_at * dense, (steps - switched_at) * tickets
+    plan = getattr(trainer.strategy, "plan", None)
+    if plan is None:
+        # Timesteps are uniform, so that each ticket gets the share of the samples that is its region's of the axis.
+        batches = [steps * trainer.world_size * (f.region.stop - f.region.start) / span for f in facts]
+    else:  # every ticket trains on whole batches, one on each of its ranks
+        batches = [count * len(plan.assignment.ranks(k)) for k, count in enumerate(plan.steps)]
+    per_batch = 3 * batch_size
+    dense = per_batch * facts[0].macs[0]
+    search = switched_at * trainer.world_size * dense
+    tickets = per_batch * sum(count * fact.macs[1] for count, fact in zip(batches, facts, strict=True))
+    samples = batch_size * (switched_at * trainer.world_size + sum(batches))
     lines = [
         f"{'training cost':<22}{'steps':>7}{'MACs':>10}{'of all':>8}{'seconds':>9}{'of all':>8}",
-        f"{'search (dense)':<22}{switched_at:>7}{search:>10.2e}{search / (search + training):>8.0%}"
+        f"{'search (dense)':<22}{switched_at:>7}{search:>10.2e}{search / (search + tickets):>8.0%}"
         f"{keeper.search_s:>9.0f}{keeper.search_s / keeper.total_s:>8.0%}",
-        f"{'tickets':<22}{steps - switched_at:>7}{training:>10.2e}{training / (search + training):>8.0%}"
+        f"{'tickets':<22}{steps:>7}{tickets:>10.2e}{tickets / (search + tickets):>8.0%}"
         f"{keeper.total_s - keeper.search_s:>9.0f}{1 - keeper.search_s / keeper.total_s:>8.0%}",
-        f"Together {(search + training) / (steps * dense):.0%} of the MACs of {steps} dense steps.",
+        f"Together {(search + tickets) * batch_size / (samples * dense):.0%} of the MACs of dense training on as many "
+        f"samples ({samples:,.0f}).",
     ]
     return "\n".join(lines)
 
@@ -247,6 +257,8 @@ def main(arguments: list[str]) -> None:
         enable_model_summary=False,
     )
     trainer.fit(module, loader)
+    if not trainer.is_global_zero:
+        return  # every rank holds the ensemble now; one is enough to sample from it
 
     # The pruner has written the figures of the search to the output folder, and the ensemble to output / "ensemble":
     # from_pretrained would give the same.
@@ -277,7 +289,7 @@ def main(arguments: list[str]) -> None:
     wandb.finish()
 
     print(f"\n{ticket_table(pruner.facts)}\n")
-    print(cost_report(keeper, pruner, trainer.global_step, config.data.batch_size))
+    print(cost_report(keeper, pruner, trainer, config.data.batch_size))
     print(f"\n{'Fréchet distance in pixel space to held-out digits':<52}")
     for title, value in distances.items():
         print(f"  {title:<22}{value:>8.3f}")

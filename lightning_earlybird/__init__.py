@@ -12,6 +12,7 @@ from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.pruner import SearchLimitError, TimestepAwarePruner
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.sampler import TicketEnsembleSampler
+from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EarlyBirdDetector",
     "EnsembleFormatError",
+    "MultiTicketStrategy",
     "NonFiniteWeightsError",
     "SearchLimitError",
     "TicketEnsemble",

@@ -82,6 +82,11 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
     absent = {int(index): own for index, own in state.get("absent", {}).items()}
     for index, own in absent.items():
         shapes[index] = {key: torch.Size(shape) for key, shape in own.items()}
+    if present is not None and set(present[1].hosted) & set(absent):
+        raise MisconfigurationException(
+            f"ckpt_path: the checkpoint lacks the tickets {sorted(absent)}, which other ranks trained, and the module "
+            "has them. Load it into a fresh module, or go by the ensemble that the pruner writes at the end."
+        )
     if present is not None:
         own_shapes = [
             ticket.shapes()
@@ -89,7 +94,7 @@ def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoin
             else {key: value.shape for key, value in ticket.state_dict().items()}
             for ticket in present[1].tickets
         ]
-        if own_shapes != shapes or set(present[1].hosted) & set(absent):
+        if own_shapes != shapes:
             raise MisconfigurationException(
                 f"ckpt_path: its tickets have other shapes than those in {present[0]!r}. Build a fresh module and load "
                 "the checkpoint into that."

@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,12 @@ class Turn:
 
     Args:
         ticket: Index of the ticket.
-        check: Called with the timesteps of each call, as they came in; raises if one is not the ticket's.
+        around: Gives a context for each call of the ticket; called with the timesteps, as they came in, and raises if
+            one is not the ticket's.
     """
 
     ticket: int
-    check: Callable[[Any], None]
+    around: Callable[[Any], AbstractContextManager[None]]
 
 
 class TicketEnsemble(nn.Module):
@@ -151,8 +153,8 @@ class TicketEnsemble(nn.Module):
         """
         timesteps = self.timesteps.find(args, kwargs)
         if self.turn is not None:
-            self.turn.check(timesteps)
-            return self.tickets[self.turn.ticket](*args, **kwargs)
+            with self.turn.around(timesteps):
+                return self.tickets[self.turn.ticket](*args, **kwargs)
         rows = self._route(timesteps)
         if len(rows) == 1:
             return self.tickets[next(iter(rows))](*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,7 +25,8 @@ from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
-from lightning_earlybird.probe import check_name
+from lightning_earlybird.parallel.timing import StepClock, pass_seconds
+from lightning_earlybird.probe import DenoiserCall, check_name
 from lightning_earlybird.regions import RegionLike, TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import (
     MATPLOTLIB_AVAILABLE,
@@ -37,12 +40,14 @@ from lightning_earlybird.reporting import (
 )
 from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.search import SearchKey, describe, short_name
+from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.structure import Norm
 from lightning_earlybird.switch_loss import SwitchLoss
 from lightning_earlybird.tickets import (
     TicketFacts,
     check_target,
     save_ensemble,
+    saved_partition,
 )
 from lightning_earlybird.transition import averaged_modules, check_supported
 
@@ -170,7 +175,9 @@ class TimestepAwarePruner(pl.Callback):
         self._initial: dict[str, Tensor] | None = None
         self._seen: FoundDenoiser | None = None
         self._loss = SwitchLoss()
+        self._losses: dict[int, SwitchLoss] = {}  # by ticket, where tickets train apart
         self._unfollow: Callable[[], None] | None = None
+        self._clock = StepClock()
 
     @property
     def phase(self) -> Literal["search", "tickets"]:
@@ -188,13 +195,15 @@ class TimestepAwarePruner(pl.Callback):
         check_supported(trainer, pl_module)
         if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
-            self._saved_settings = {}
+            self._saved_settings, self._losses = {}, {}
         if self._partition is not None:
             self._take_detector(trainer, pl_module, self._partition)
-            if trainer.world_size == 1 and any(region.max_steps for region in self._partition):
+            together = not isinstance(trainer.strategy, MultiTicketStrategy)
+            if together and any(region.max_steps for region in self._partition):
                 rank_zero_warn(
-                    "regions: max_steps has no effect in one process, where all tickets train together; the Trainer's "
-                    "max_steps ends the fit."
+                    f"regions: max_steps has no effect with strategy={type(trainer.strategy).__name__}, where all "
+                    "tickets train together; the Trainer's max_steps ends the fit. MultiTicketStrategy, on one device "
+                    "or several, trains each ticket for its own number of steps."
                 )
         directory = Path(self.dirpath) if self.dirpath is not None else _default_directory(trainer)
         self.directory = Path(trainer.strategy.broadcast(str(directory)))
@@ -208,6 +217,12 @@ class TimestepAwarePruner(pl.Callback):
             check_name(pl_module, self.denoiser)
         check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
+        self._clock = StepClock()
+        if isinstance(trainer.strategy, MultiTicketStrategy):
+            assert self.directory is not None
+            partition = saved_partition(self._saved) if self._saved is not None else self._partition
+            assert partition is not None
+            trainer.strategy.prepare(pl_module, len(partition), self.directory)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,6 +238,8 @@ class TimestepAwarePruner(pl.Callback):
     ) -> None:
         # Before the batch that follows a check, and not in the hook of the check: validation, checkpoints and early
         # stopping of that step then still see the dense denoiser, whose scores they hold.
+        if self.phase == "search":
+            self._clock.tick()
         self._consider_switch(trainer, pl_module)
 
     @override
@@ -240,15 +257,17 @@ class TimestepAwarePruner(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._look_at_first_step(pl_module)
-        log_metrics(trainer, self._loss.add(outputs))
+        for prefix, loss, output in self._switch_losses(trainer, outputs):
+            log_metrics(trainer, {prefix + name: value for name, value in loss.add(output).items()})
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        log_metrics(trainer, self._loss.end())
-        found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
-        if found is not None and self.directory is not None:
-            _write(trainer, found[1], self.directory / "ensemble")
-            rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(self.directory / 'ensemble')!r}.")
+        for prefix, loss, _ in self._switch_losses(trainer, None):
+            log_metrics(trainer, {prefix + name: value for name, value in loss.end().items()})
+        if isinstance(trainer.strategy, MultiTicketStrategy) and trainer.strategy.is_split:
+            return  # the strategy calls when every rank has all tickets
+        if find_ensemble(pl_module) is not None:
+            self._write_ensemble(trainer, pl_module)
         elif self.detector is not None:
             emerged = self.detector.emerged
             progress = {
@@ -331,6 +350,7 @@ class TimestepAwarePruner(pl.Callback):
     ) -> None:
         assert detector.found is not None and self.directory is not None
         found = detector.found
+        dense_s = self._pass_seconds(trainer, unwrap(pl_module.get_submodule(found.call.name)), found.call)
         drawn = detector.draw(trainer, pl_module)
         keys = {region: detector.key(region) for region in partition if region.sparsity > 0}
         masks = [drawn[keys[region]] if region in keys else found.plan.full_mask() for region in partition]
@@ -362,6 +382,7 @@ class TimestepAwarePruner(pl.Callback):
             log_figure(trainer, "earlybird/mask_distance", distances, folder=self.directory)
             log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=self.directory)
         log_metrics(trainer, {"earlybird/switch_step": self.switched_at, **ticket_metrics(self.facts)})
+        self._split(trainer, pl_module, self._step_seconds(trainer, ensemble, found.call, dense_s))
 
     def _look_at_first_step(self, pl_module: pl.LightningModule) -> None:
         """As soon as the denoiser is found, and before it learns: do the regions fit, and what are its weights?"""
@@ -391,6 +412,55 @@ class TimestepAwarePruner(pl.Callback):
                 )
             self._initial = {key: value.detach().to("cpu", copy=True) for key, value in network.state_dict().items()}
 
+    def _switch_losses(self, trainer: pl.Trainer, outputs: Any) -> list[tuple[str, SwitchLoss, Any]]:
+        """Prefix of names, collector, output of ``training_step``: for each ticket, where they train apart."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, MultiTicketStrategy) or not strategy.is_split:
+            return [("", self._loss, outputs)]
+        return [
+            (f"ticket_{ticket}/", self._losses.setdefault(ticket, copy.deepcopy(self._loss)), output)
+            for ticket, output in strategy.turn_outputs.items()
+        ]
+
+    def _split(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step_seconds: Sequence[float] | None) -> None:
+        """Under MultiTicketStrategy: from here on ranks train different tickets."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, MultiTicketStrategy):
+            return
+        if step_seconds is None:
+            # Tickets that were there from the start: MACs at a made-up speed still share out the ranks.
+            step_seconds = [1.0 if fact.macs is None else fact.macs[1] * 1e-9 for fact in self.facts]
+        strategy.split(trainer, pl_module, step_seconds, lambda: self._write_ensemble(trainer, pl_module))
+
+    def _pass_seconds(self, trainer: pl.Trainer, network: nn.Module, call: DenoiserCall) -> float:
+        """Seconds of a forward and backward pass; zero where nobody wants to know."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, MultiTicketStrategy):
+            return 0.0
+        return pass_seconds(network, call, strategy.root_device, strategy.precision_plugin.train_step_context)
+
+    def _step_seconds(
+        self, trainer: pl.Trainer, ensemble: TicketEnsemble, call: DenoiserCall, dense_s: float
+    ) -> list[float] | None:
+        """Seconds of an optimizer step of each ticket: its passes, and what a dense step took besides its own.
+
+        The slowest rank's, so that all ranks come to the same plan.
+        """
+        strategy = trainer.strategy
+        if not isinstance(strategy, MultiTicketStrategy):
+            return None
+        besides = max(0.0, (self._clock.seconds or 0.0) - dense_s)
+        seconds = torch.tensor([self._pass_seconds(trainer, ticket, call) + besides for ticket in ensemble.tickets])
+        slowest = strategy.reduce(seconds.to(strategy.root_device), reduce_op="max") * trainer.accumulate_grad_batches
+        steps: list[float] = slowest.tolist()
+        return steps
+
+    def _write_ensemble(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
+        assert found is not None and self.directory is not None
+        _write(trainer, found[1], self.directory / "ensemble")
+        rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(self.directory / 'ensemble')!r}.")
+
     # --- tickets that are there already
 
     def _take_saved(self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
@@ -413,8 +483,15 @@ class TimestepAwarePruner(pl.Callback):
             self.detector.finish()
         if self.switched_at is None:
             self.switched_at = trainer.global_step
+        if len(ensemble.hosted) < len(ensemble.tickets):
+            raise MisconfigurationException(
+                f"ckpt_path: the checkpoint holds the tickets {list(ensemble.hosted)} of {len(ensemble.tickets)}, as "
+                "one group of ranks had them under MultiTicketStrategy, and a fit cannot go on from a part. Start from "
+                "the tickets at the switch: regions=PATH with the directory `switch` beside the checkpoints."
+            )
         if ensemble.record is not None:
             self.facts = ensemble.record.facts
+        self._split(trainer, trainer.lightning_module, None)
 
     def _leave_checkpoints(self) -> None:
         if self._unfollow is not None:

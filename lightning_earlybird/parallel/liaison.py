@@ -196,7 +196,7 @@ class Liaison:
         Raises:
             RankLostError: If a rank is lost, or has left without reaching the event.
         """
-        while not self._reached(event):
+        while not self.reached(event):
             self.check()
             if self.stop_requested:
                 return False
@@ -204,7 +204,12 @@ class Liaison:
             time.sleep(poll_s)
         return True
 
-    def _reached(self, event: str) -> bool:
+    def reached(self, event: str) -> bool:
+        """Whether every rank has marked an event.
+
+        Raises:
+            RankLostError: If a rank has left without reaching it.
+        """
         bulletin = self._contact.exchange.bulletin
         if bulletin.missing.get(event) == 0:
             return True

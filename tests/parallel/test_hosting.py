@@ -49,7 +49,9 @@ def test_releasing_leaves_no_parameter_state_or_average_of_the_other_tickets(tmp
         optimizer = trainer.optimizers[0]
         groups, states = optimizer.param_groups, optimizer.state
         release_tickets(trainer, module, [1])
-        assert ensembles(trainer, module) == before and len(before) == 4  # live, averaged by both, average of an average
+        assert (
+            ensembles(trainer, module) == before and len(before) == 4
+        )  # live, averaged by both, average of an average
         kept = set(module.parameters())
         assert {p for group in groups for p in group["params"]} >= set(states)
         assert set(states) <= kept

@@ -1,0 +1,92 @@
+"""When a fit of several ranks must end before its time: what is shared, saved and waited for."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+
+
+def share_sigterm(trainer: pl.Trainer, request_stop: Callable[[], None]) -> None:
+    """Let a SIGTERM that one rank receives reach all of them without a collective.
+
+    Lightning's own handler broadcasts within the signal handler, wherever the main thread happens to be: between two
+    other collectives, or inside one. It is exchanged for one that only takes notes.
+
+    Args:
+        trainer: The Trainer of the fit, whose handlers are registered.
+        request_stop: Tells the other ranks; must be safe in a signal handler.
+    """
+    connector = trainer._signal_connector
+    if threading.current_thread() is not threading.main_thread():
+        return  # no handlers are registered there
+
+    def take_note(signum: int, frame: FrameType | None) -> None:
+        first = not connector.received_sigterm
+        connector.received_sigterm = True
+        request_stop()
+        if first and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)
+
+    composed = signal.getsignal(signal.SIGTERM)
+    if isinstance(composed, _HandlersCompose):
+        own = connector._sigterm_notifier_fn
+        composed.signal_handlers = [take_note if handler == own else handler for handler in composed.signal_handlers]
+
+
+def replace_child_observer() -> None:
+    """Stop Lightning's thread that kills everything, this process first, within seconds of a child's death.
+
+    The liaison watches over the children instead: it says which rank was lost, and leaves the others time to save.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
+
+
+def save_interrupted(trainer: pl.Trainer, path: Path) -> None:
+    """Save a checkpoint without asking any other rank; never raises, since another error is under way.
+
+    Args:
+        trainer: The Trainer.
+        path: The file.
+    """
+    try:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+    except Exception as error:
+        _say(f"MultiTicketStrategy: {str(path)!r} could not be saved: {type(error).__name__}: {error}")
+    else:
+        _say(f"MultiTicketStrategy: the state at step {trainer.global_step} is in {str(path)!r}.")
+
+
+def child_processes(trainer_strategy: Any) -> list[Any]:
+    """The processes that the launcher has started; empty where others did."""
+    launcher = trainer_strategy.launcher
+    return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def wait_until(done: Callable[[], bool], seconds: float, poll_s: float = 0.1) -> bool:
+    """Wait for something, but not for ever; whether it has come to pass."""
+    until = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > until:
+            return False
+        time.sleep(poll_s)
+    return True
+
+
+def _say(text: str) -> None:
+    # From every rank: each has its own file.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,240 @@
+"""The part of a fit in which this rank trains its tickets, apart from the ranks that train others."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from lightning_earlybird.ensemble import TicketEnsemble, Turn
+from lightning_earlybird.parallel.budgets import steps_left
+from lightning_earlybird.parallel.groups import RankGroups
+from lightning_earlybird.parallel.hosting import gather_tickets, release_tickets
+from lightning_earlybird.parallel.liaison import Liaison
+from lightning_earlybird.parallel.loaders import adapt_samplers, reshard
+from lightning_earlybird.parallel.plan import TicketPlan
+from lightning_earlybird.parallel.progress import AllTicketsInBar, TicketProgress, describe_progress
+from lightning_earlybird.parallel.relay import MetricRelay, logged_as
+from lightning_earlybird.parallel.separate import (
+    ClippingByTicket,
+    SchedulerPace,
+    SeparateCheckpoints,
+    StepLimit,
+    folder_of,
+)
+from lightning_earlybird.parallel.timesteps import find_sampler, limited_timesteps
+from lightning_earlybird.parallel.turn_check import TimestepsOutsideError, check_turn
+from lightning_earlybird.tickets import save_one_ticket
+from lightning_earlybird.transition import averaged_modules, unwrap_ddp
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+
+class TicketPhase:
+    """What a rank does, and what it has changed in the Trainer, between the split of the world and the end.
+
+    Args:
+        trainer: The Trainer of the fit.
+        module: Its LightningModule, holding the ensemble of all tickets.
+        name: Dotted name of the ensemble in the module.
+        plan: Who trains what.
+        liaison: How ranks keep in touch.
+        directory: Where tickets are written.
+        timeout: For collectives within the group.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        name: str,
+        plan: TicketPlan,
+        liaison: Liaison,
+        directory: Path,
+        timeout: timedelta | None,
+    ) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, DDPStrategy)
+        self.plan = plan
+        self.rank = strategy.global_rank
+        self.hosted: tuple[int, ...] = plan.assignment.hosted(self.rank)
+        self.began = trainer.global_step
+        self.directory = directory
+        self._trainer, self._module, self._name = trainer, module, name
+        self._strategy, self._liaison = strategy, liaison
+        ensemble = module.get_submodule(name)
+        assert isinstance(ensemble, TicketEnsemble)
+        self.ensemble = ensemble
+        self.outputs: dict[int, STEP_OUTPUT] = {}
+        """Ticket -> what ``training_step`` returned in its turn on the present batch."""
+        self.limits = {ticket: ensemble.regions[ticket].max_steps for ticket in self.hosted}
+        self._world_sampling = strategy.distributed_sampler_kwargs
+        self._undo: list[Callable[[], None]] = []
+        self._warned_of_evaluation = False
+        self.groups = RankGroups(plan.assignment.groups, self.rank, timeout)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its group."""
+        return self.groups.position == 0
+
+    def begin(self) -> None:
+        """Let go of what other ranks train, and have the Trainer go on within the group.
+
+        The strategy must answer for the group already.
+        """
+        trainer, module, strategy = self._trainer, self._module, self._strategy
+        release_tickets(trainer, module, self.hosted)
+        unwrap_ddp(strategy)
+        if self.groups.size > 1:
+            # A group of one needs no DDP, and is faster without.
+            strategy.configure_ddp()
+        if len(self.hosted) > 1:
+            tickets = [self.ensemble.tickets[ticket] for ticket in self.hosted]
+            self._undo.append(ClippingByTicket(strategy.precision_plugin, tickets).undo)
+        growth = reshard(trainer, self._world_sampling)
+        _, by_epochs = steps_left(trainer)
+        if by_epochs and growth > 1:
+            self._undo.append(SchedulerPace(module, growth).undo)
+        self._undo.append(StepLimit(trainer, list(self.limits.values())).undo)
+        left, _ = steps_left(trainer)
+        steps = {t: left if limit is None or left is None else min(limit, left) for t, limit in self.limits.items()}
+        steps = {t: self.limits[t] if amount is None else amount for t, amount in steps.items()}
+        checkpoints = SeparateCheckpoints(trainer, self.hosted)
+        self._undo.append(checkpoints.undo)
+        tell = self._liaison.set_status if self.leads else None
+        progress = TicketProgress(
+            self.began, steps, lambda: self.outputs, tell, before_end=lambda: checkpoints.save_last(trainer)
+        )
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # A new list, since Lightning may be going through the old one; first, to hear of the end before averages are
+        # copied into the module.
+        trainer.callbacks = [progress, *callbacks]  # type: ignore[attr-defined]
+        self._undo.append(lambda: self._remove(progress))
+        self.relay = MetricRelay(
+            trainer.loggers,
+            self.hosted,
+            self.rank,
+            self._liaison.post if self.leads else None,
+        )
+        self.relay.attach()
+        self._undo.append(self.relay.detach)
+        if self.rank == 0:
+            self._undo.append(AllTicketsInBar(trainer, lambda: describe_progress(self._liaison.statuses())).undo)
+
+    def turns(self) -> list[int]:
+        """The tickets that take part in the step that begins now: those that have not had their ``max_steps``."""
+        done = self._trainer.global_step - self.began
+        return [ticket for ticket, limit in self.limits.items() if limit is None or done < limit]
+
+    @contextmanager
+    def turn(self, ticket: int) -> Iterator[None]:
+        """One ticket trains: timesteps are drawn from its region and overlap, and every sample is its own.
+
+        The ensemble stays the ticket's until :meth:`end_turn`, since checkpointed activations are computed again in
+        the backward pass.
+        """
+        bounds = self.ensemble.partition.training_bounds(ticket)
+        self._give_turn(ticket, lambda timesteps: self._check(ticket, bounds, timesteps))
+        with self._limited(bounds), logged_as(self._module, ticket, self.hosted):
+            yield
+
+    @contextmanager
+    def evaluation(self, ticket: int) -> Iterator[None]:
+        """One ticket is evaluated: as in :meth:`turn`, without the overlap, and with a warning for other timesteps."""
+        region = self.ensemble.regions[ticket]
+        bounds = region.start, region.stop
+        self._give_turn(ticket, lambda timesteps: self._warn(ticket, bounds, timesteps))
+        try:
+            with self._limited(bounds), logged_as(self._module, ticket, self.hosted):
+                yield
+        finally:
+            self.end_turn()
+
+    def end_turn(self) -> None:
+        """Route by timestep again."""
+        for ensemble in self._ensembles():
+            ensemble.turn = None
+
+    def deliver(self) -> None:
+        """On rank 0: log what other ranks have sent."""
+        if self.rank == 0:
+            self.relay.deliver(self._liaison.receive())
+
+    def write_finished(self) -> None:
+        """Write this group's trained tickets, one directory each, before others are waited for."""
+        if not self.leads:
+            return
+        root = (averaged_modules(self._trainer) or [self._module])[0]
+        ensemble = root.get_submodule(self._name)
+        assert isinstance(ensemble, TicketEnsemble)
+        for ticket in self.hosted:
+            save_one_ticket(self.directory / "finished" / folder_of([ticket]), ensemble, ticket)
+
+    def gather(self) -> None:
+        """Put the world together again and fill in all tickets on all ranks; every rank must have finished."""
+        self.close()
+        leaders = [self.plan.assignment.leader(ticket) for ticket in range(len(self.ensemble.tickets))]
+        gather_tickets(self._trainer, self._module, leaders, self.rank)
+
+    def remove_finished(self) -> None:
+        """Remove the directories of single tickets, once the ensemble of all is there."""
+        if self.rank == 0:
+            shutil.rmtree(self.directory / "finished", ignore_errors=True)
+
+    def close(self) -> None:
+        """Undo what was changed in the Trainer, and have the world back; no communication. Again: nothing happens."""
+        self.end_turn()
+        while self._undo:
+            self._undo.pop()()
+        group = self._strategy.distributed_sampler_kwargs
+        if self.groups.leave():
+            adapt_samplers(self._trainer, group, self._world_sampling)
+
+    def _give_turn(self, ticket: int, check: Callable[[Any], None]) -> None:
+        for ensemble in self._ensembles():
+            ensemble.turn = Turn(ticket, check)
+
+    def _ensembles(self) -> list[TicketEnsemble]:
+        """That of the denoiser, and copies that the module averages itself."""
+        return [part for part in self._module.modules() if isinstance(part, TicketEnsemble)]
+
+    def _limited(self, bounds: tuple[float, float]) -> Any:
+        partition = self.ensemble.partition
+        return limited_timesteps(self._module, (partition.start, partition.stop), bounds)
+
+    def _check(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> None:
+        partition = self.ensemble.partition
+        check_turn(
+            timesteps,
+            bounds,
+            axis=(partition.start, partition.stop),
+            ticket=ticket,
+            module_name=type(self._module).__name__,
+            has_sampler=find_sampler(self._module) is not None,
+        )
+
+    def _warn(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> None:
+        try:
+            self._check(ticket, bounds, timesteps)
+        except TimestepsOutsideError as error:
+            if not self._warned_of_evaluation:
+                self._warned_of_evaluation = True
+                warnings.warn(
+                    f"In validation, ticket {ticket} is called for timesteps of others, for which its output means "
+                    f"nothing; what validation logs holds for its own region only where it draws its timesteps there. "
+                    f"{error}",
+                    stacklevel=2,
+                )
+
+    def _remove(self, callback: pl.Callback) -> None:
+        callbacks: list[pl.Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        self._trainer.callbacks = [each for each in callbacks if each is not callback]  # type: ignore[attr-defined]

@@ -1,0 +1,149 @@
+"""What callbacks and limits of the Trainer become when each group of ranks trains tickets of its own."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import Precision
+from torch import nn
+from torch.optim import Optimizer
+
+
+def folder_of(hosted: Sequence[int]) -> str:
+    """Name of the directory, or the stem of the file, of a group's tickets: ``ticket_2``, ``tickets_0_1``."""
+    return f"ticket{'s' if len(hosted) > 1 else ''}_{'_'.join(map(str, hosted))}"
+
+
+class SeparateCheckpoints:
+    """Each group's ``ModelCheckpoint`` writes to a directory of its own, below the one that it had.
+
+    What it has written of the dense denoiser is forgotten, not deleted.
+
+    Args:
+        trainer: The Trainer of the fit.
+        hosted: The tickets of this rank.
+    """
+
+    def __init__(self, trainer: pl.Trainer, hosted: Sequence[int]) -> None:
+        self._former: list[tuple[ModelCheckpoint, Any]] = []
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                self._former.append((callback, callback.dirpath))
+                callback.dirpath = os.path.join(callback.dirpath, folder_of(hosted))
+                callback.best_k_models = {}
+                callback.best_model_path = callback.kth_best_model_path = callback.last_model_path = ""
+                callback._last_checkpoint_saved = ""
+
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """Bring every ``last`` up to the last step; without it, it is as old as the last file that was among the best.
+
+        All ranks of the group take part.
+        """
+        for callback, _ in self._former:
+            if not callback.save_last:
+                continue
+            link, callback.save_last = callback.save_last, True  # a link would point to the newest of the best
+            previous = callback.last_model_path
+            if previous and Path(previous).is_symlink() and trainer.is_global_zero:
+                Path(previous).unlink()
+            callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+            callback.save_last = link
+
+    def undo(self) -> None:
+        """Later fits write where the user said."""
+        for callback, dirpath in self._former:
+            callback.dirpath = dirpath
+        self._former = []
+
+
+class StepLimit:
+    """Ends the group's part of the fit when the last of its tickets has had its ``max_steps``.
+
+    Args:
+        trainer: The Trainer of the fit.
+        limits: ``max_steps`` of the group's tickets, from now on; None has no limit of its own.
+    """
+
+    def __init__(self, trainer: pl.Trainer, limits: Sequence[int | None]) -> None:
+        self._loop = trainer.fit_loop.epoch_loop
+        self._former = self._loop.max_steps
+        known = [limit for limit in limits if limit is not None]
+        if len(known) == len(limits):
+            own = trainer.global_step + max(known)
+            self._loop.max_steps = own if self._former == -1 else min(self._former, own)
+
+    def undo(self) -> None:
+        """The Trainer has its own limit back."""
+        self._loop.max_steps = self._former
+
+
+class SchedulerPace:
+    """Keeps learning rates, which go by steps, in step with the epochs when an epoch comes to have more steps.
+
+    A schedule was laid out for the steps of all ranks together. In a smaller group an epoch has ``factor`` times as
+    many: a scheduler then moves on at every ``factor``-th call, so that it gets as far in an epoch as before.
+
+    Args:
+        module: The LightningModule, whose ``lr_scheduler_step`` is shadowed.
+        factor: How many times as many steps an epoch has; at least 1.
+    """
+
+    def __init__(self, module: pl.LightningModule, factor: float) -> None:
+        self._module = module
+        self._calls: dict[int, int] = {}
+        step: Callable[..., None] = module.lr_scheduler_step
+
+        def paced(scheduler: Any, metric: Any) -> None:
+            by_step = any(
+                config.scheduler is scheduler and config.interval == "step" and not config.reduce_on_plateau
+                for config in module.trainer.lr_scheduler_configs
+            )
+            if by_step:
+                calls = self._calls[id(scheduler)] = self._calls.get(id(scheduler), 0) + 1
+                if math.floor(calls / factor) == math.floor((calls - 1) / factor):
+                    return
+            step(scheduler, metric)
+
+        self._paced = paced
+        module.__dict__["lr_scheduler_step"] = paced
+
+    def undo(self) -> None:
+        """Schedulers move on at every call again."""
+        if self._module.__dict__.get("lr_scheduler_step") is self._paced:
+            del self._module.__dict__["lr_scheduler_step"]
+
+
+class ClippingByTicket:
+    """Gradients are clipped by the norm of each ticket, as if it trained alone, not by one of them all.
+
+    Args:
+        precision: The precision plugin, whose ``clip_grad_by_norm`` is shadowed.
+        tickets: The tickets of this rank.
+    """
+
+    def __init__(self, precision: Precision, tickets: Sequence[nn.Module]) -> None:
+        self._precision = precision
+
+        def clip(optimizer: Optimizer, clip_val: int | float) -> None:
+            if clip_val <= 0:
+                return
+            rest = dict.fromkeys(precision.main_params(optimizer))
+            for ticket in tickets:
+                own = [parameter for parameter in ticket.parameters() if parameter in rest]
+                for parameter in own:
+                    del rest[parameter]
+                nn.utils.clip_grad_norm_(own, clip_val)
+            if rest:
+                nn.utils.clip_grad_norm_(list(rest), clip_val)
+
+        precision.__dict__["clip_grad_by_norm"] = clip
+
+    def undo(self) -> None:
+        """One norm over all parameters again."""
+        self._precision.__dict__.pop("clip_grad_by_norm", None)
