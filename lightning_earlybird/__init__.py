@@ -9,6 +9,10 @@ from lightning_earlybird.draws import draw_uniform, draw_within
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.importance import NonFiniteWeightsError
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.parallel.devices import DeviceTable, devices_that_pay_off
+from lightning_earlybird.parallel.liaison import RankLostError
+from lightning_earlybird.parallel.plan import TicketLoad, TicketPlan, plan_tickets
+from lightning_earlybird.parallel.turn_check import TimestepsOutsideError
 from lightning_earlybird.pruner import SearchLimitError, TimestepAwarePruner
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.sampler import TicketEnsembleSampler
@@ -18,18 +22,25 @@ from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
 __version__ = "0.1.0"
 
 __all__ = [
+    "DeviceTable",
     "EarlyBirdDetector",
     "EnsembleFormatError",
     "MultiTicketStrategy",
     "NonFiniteWeightsError",
+    "RankLostError",
     "SearchLimitError",
     "TicketEnsemble",
     "TicketEnsembleSampler",
     "TicketFacts",
+    "TicketLoad",
     "TicketMask",
+    "TicketPlan",
     "TimestepAwarePruner",
     "TimestepPartition",
     "TimestepRegion",
+    "TimestepsOutsideError",
+    "devices_that_pay_off",
     "draw_uniform",
     "draw_within",
+    "plan_tickets",
 ]

@@ -17,19 +17,27 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_public_names_are_these() -> None:
     assert sorted(lightning_earlybird.__all__) == [
+        "DeviceTable",
         "EarlyBirdDetector",
         "EnsembleFormatError",
+        "MultiTicketStrategy",
         "NonFiniteWeightsError",
+        "RankLostError",
         "SearchLimitError",
         "TicketEnsemble",
         "TicketEnsembleSampler",
         "TicketFacts",
+        "TicketLoad",
         "TicketMask",
+        "TicketPlan",
         "TimestepAwarePruner",
         "TimestepPartition",
         "TimestepRegion",
+        "TimestepsOutsideError",
+        "devices_that_pay_off",
         "draw_uniform",
         "draw_within",
+        "plan_tickets",
     ]
     assert all(hasattr(lightning_earlybird, name) for name in lightning_earlybird.__all__)
 

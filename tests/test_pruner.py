@@ -603,7 +603,7 @@ def test_two_regions_of_one_sparsity_start_from_one_mask(tmp_path: Path) -> None
 
 def test_budgets_of_regions_have_no_effect_in_one_process_and_that_is_said(tmp_path: Path) -> None:
     pruner = pruner_in(tmp_path, [(0, 1000, 0.5, 100)])
-    with pytest.warns(UserWarning, match="regions: max_steps has no effect in one process"):
+    with pytest.warns(UserWarning, match="regions: max_steps has no effect with strategy=SingleDeviceStrategy"):
         fit(Lit(), quick(0.5), pruner, max_epochs=2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from lightning_earlybird.ensemble import TicketEnsemble, Turn
 from lightning_earlybird.parallel.budgets import steps_left
 from lightning_earlybird.parallel.groups import RankGroups
 from lightning_earlybird.parallel.hosting import gather_tickets, release_tickets
+from lightning_earlybird.parallel.integer_draws import unlimited_draws
 from lightning_earlybird.parallel.liaison import Liaison
 from lightning_earlybird.parallel.loaders import adapt_samplers, reshard
 from lightning_earlybird.parallel.plan import TicketPlan
@@ -143,7 +144,7 @@ class TicketPhase:
         the backward pass.
         """
         bounds = self.ensemble.partition.training_bounds(ticket)
-        self._give_turn(ticket, lambda timesteps: self._check(ticket, bounds, timesteps))
+        self._give_turn(ticket, lambda timesteps: self._checked(ticket, bounds, timesteps))
         with self._limited(bounds), logged_as(self._module, ticket, self.hosted):
             yield
 
@@ -152,7 +153,7 @@ class TicketPhase:
         """One ticket is evaluated: as in :meth:`turn`, without the overlap, and with a warning for other timesteps."""
         region = self.ensemble.regions[ticket]
         bounds = region.start, region.stop
-        self._give_turn(ticket, lambda timesteps: self._warn(ticket, bounds, timesteps))
+        self._give_turn(ticket, lambda timesteps: self._warned(ticket, bounds, timesteps))
         try:
             with self._limited(bounds), logged_as(self._module, ticket, self.hosted):
                 yield
@@ -199,9 +200,9 @@ class TicketPhase:
         if self.groups.leave():
             adapt_samplers(self._trainer, group, self._world_sampling)
 
-    def _give_turn(self, ticket: int, check: Callable[[Any], None]) -> None:
+    def _give_turn(self, ticket: int, around: Callable[[Any], AbstractContextManager[None]]) -> None:
         for ensemble in self._ensembles():
-            ensemble.turn = Turn(ticket, check)
+            ensemble.turn = Turn(ticket, around)
 
     def _ensembles(self) -> list[TicketEnsemble]:
         """That of the denoiser, and copies that the module averages itself."""
@@ -211,7 +212,7 @@ class TicketPhase:
         partition = self.ensemble.partition
         return limited_timesteps(self._module, (partition.start, partition.stop), bounds)
 
-    def _check(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> None:
+    def _checked(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> AbstractContextManager[None]:
         partition = self.ensemble.partition
         check_turn(
             timesteps,
@@ -221,10 +222,11 @@ class TicketPhase:
             module_name=type(self._module).__name__,
             has_sampler=find_sampler(self._module) is not None,
         )
+        return unlimited_draws()
 
-    def _warn(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> None:
+    def _warned(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> AbstractContextManager[None]:
         try:
-            self._check(ticket, bounds, timesteps)
+            return self._checked(ticket, bounds, timesteps)
         except TimestepsOutsideError as error:
             if not self._warned_of_evaluation:
                 self._warned_of_evaluation = True
@@ -234,6 +236,7 @@ class TicketPhase:
                     f"{error}",
                     stacklevel=2,
                 )
+        return unlimited_draws()
 
     def _remove(self, callback: pl.Callback) -> None:
         callbacks: list[pl.Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
