@@ -26,6 +26,7 @@ from lightning_earlybird.parallel.budgets import ticket_loads
 from lightning_earlybird.parallel.distress import (
     child_processes,
     replace_child_observer,
+    restore_child_observer,
     save_interrupted,
     share_sigterm,
     wait_until,
@@ -103,6 +104,7 @@ class MultiTicketStrategy(DDPStrategy):
         self._liaison: Liaison | None = None
         self._directory: Path | None = None
         self._on_gathered: Callable[[], None] | None = None
+        self._failed = False
         self._waiting: list[int] = []  # tickets whose turn on the present batch is still to come
         self._step_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._find_unused = bool(self._ddp_kwargs.get("find_unused_parameters", False))
@@ -209,6 +211,7 @@ class MultiTicketStrategy(DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.plan = self._directory = None
+        self._failed = False
         replace_child_observer()
         self._liaison = Liaison(
             c10d._get_default_store() if self.world_size > 1 else None,
@@ -322,6 +325,7 @@ class MultiTicketStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        self._failed = True
         liaison = self._liaison
         if isinstance(exception, (SIGTERMException, RankLostError)):
             self._save_interrupted()
@@ -341,6 +345,8 @@ class MultiTicketStrategy(DDPStrategy):
         if self._liaison is not None:
             self._liaison.stop()
             self._liaison = None
+            if not self._failed:
+                restore_child_observer(self)
         super().teardown()
 
     def _save_interrupted(self) -> None:

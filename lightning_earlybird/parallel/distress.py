@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _launch_process_observer
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 
 
@@ -53,6 +54,13 @@ def replace_child_observer() -> None:
             thread._child_processes = []  # type: ignore[attr-defined]
 
 
+def restore_child_observer(strategy: Any) -> None:
+    """Have Lightning's thread watch the children again, after a fit that ended well."""
+    children = child_processes(strategy)
+    if children:
+        _launch_process_observer(children)
+
+
 def save_interrupted(trainer: pl.Trainer, path: Path) -> None:
     """Save a checkpoint without asking any other rank; never raises, since another error is under way.
 
@@ -70,9 +78,9 @@ def save_interrupted(trainer: pl.Trainer, path: Path) -> None:
         _say(f"MultiTicketStrategy: the state at step {trainer.global_step} is in {str(path)!r}.")
 
 
-def child_processes(trainer_strategy: Any) -> list[Any]:
+def child_processes(strategy: Any) -> list[Any]:
     """The processes that the launcher has started; empty where others did."""
-    launcher = trainer_strategy.launcher
+    launcher = strategy.launcher
     return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lightning_earlybird.ensemble import TicketEnsemble, Turn
@@ -93,6 +94,7 @@ class TicketPhase:
         The strategy must answer for the group already.
         """
         trainer, module, strategy = self._trainer, self._module, self._strategy
+        self._tell_what_is_trained_apart()
         release_tickets(trainer, module, self.hosted)
         unwrap_ddp(strategy)
         if self.groups.size > 1:
@@ -199,6 +201,20 @@ class TicketPhase:
         group = self._strategy.distributed_sampler_kwargs
         if self.groups.leave():
             adapt_samplers(self._trainer, group, self._world_sampling)
+
+    def _tell_what_is_trained_apart(self) -> None:
+        """What the module trains besides the denoiser has no ticket to belong to."""
+        inside = set(self.ensemble.parameters())
+        outside = [
+            name for name, value in self._module.named_parameters() if value.requires_grad and value not in inside
+        ]
+        if outside and len(self.plan.assignment.groups) > 1:
+            shown = f"{', '.join(map(repr, outside[:3]))}{', ...' if len(outside) > 3 else ''}"
+            rank_zero_warn(
+                f"The parameters {shown} lie outside of the denoiser {self._name!r}. From the switch on each group of "
+                "ranks trains its own copy of them, and none is part of the ensemble. Freeze them, or make them a part "
+                "of the denoiser."
+            )
 
     def _give_turn(self, ticket: int, around: Callable[[Any], AbstractContextManager[None]]) -> None:
         for ensemble in self._ensembles():
