@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -63,6 +64,12 @@ def reshard(trainer: pl.Trainer, former: dict[str, Any]) -> float:
     running = fit_loop._data_fetcher
     fit_loop.setup_data()
     fresh = fit_loop._data_fetcher
+    epoch: int = fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    if epoch > 0 and fresh is not None and fit_loop._combined_loader is not None:
+        # Fresh samplers would begin with the order of the first epoch; Lightning tells them at the start of the next.
+        for loader in fit_loop._combined_loader.flattened:
+            _set_sampler_epoch(loader, epoch)
+        iter(fresh)
     if running is not None and fresh is not None and running is not fresh:
         # The epoch loop holds on to the fetcher that it was started with: it goes on as the new one.
         profilers = running._start_profiler, running._stop_profiler
