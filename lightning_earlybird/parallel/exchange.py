@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -117,16 +118,15 @@ class Exchange:
         if self.rank == 0:
             *beats, verdict, stop = self.client.get([*(f"beat/{rank}" for rank in self.ranks), "verdict", "stop"])
             self.beats = {rank: Beat(**json.loads(beat)) for rank, beat in zip(self.ranks, beats, strict=True)}
+            self._read_cards([rank for rank, beat in self.beats.items() if beat.number and rank not in self.cards])
             for rank, beat in self.beats.items():
-                if beat.number and rank not in self.cards:
-                    self.cards[rank] = self._card(rank)
                 self._fetch(rank, beat.pieces, inbox)
             self._write_bulletin()
         elif self.bulletin.number or self.client.has("bulletin"):
             bulletin, verdict, stop = self.client.get(["bulletin", "verdict", "stop"])
             self.bulletin = Bulletin(**json.loads(bulletin))
             if self.bulletin.joined and not self.cards:
-                self.cards = {rank: self._card(rank) for rank in self.ranks}
+                self._read_cards(self.ranks)
         else:
             return
         self.verdict = None if verdict == _NO_VERDICT else verdict
@@ -135,7 +135,7 @@ class Exchange:
     def beat_of(self, rank: int) -> Beat:
         """The latest beat of a rank that has joined."""
         if self.rank > 0:
-            self.beats[rank] = Beat(**json.loads(self.client.get([f"beat/{rank}"])[0]))
+            self.beats = self.beats | {rank: Beat(**json.loads(self.client.get([f"beat/{rank}"])[0]))}
         return self.beats[rank]
 
     def judge(self, verdict: str) -> str:
@@ -149,8 +149,10 @@ class Exchange:
         self.client.set("stop", "1")
         self.stop = True
 
-    def _card(self, rank: int) -> Card:
-        return Card(**json.loads(self.client.get([f"card/{rank}"])[0]))
+    def _read_cards(self, ranks: Sequence[int]) -> None:
+        cards = self.client.get([f"card/{rank}" for rank in ranks])
+        # A new dictionary: the other thread goes through the old one.
+        self.cards = self.cards | {rank: Card(**json.loads(card)) for rank, card in zip(ranks, cards, strict=True)}
 
     def _fetch(self, rank: int, pieces: int, inbox: Inbox) -> None:
         for piece in range(self._read[rank], pieces):  # one by one: a piece is large, an answer must not be

@@ -15,7 +15,7 @@ from lightning_earlybird.parallel.vitals import Card, how_it_ended, state_of
 UNKNOWN = -1  # a launched process that ended before it said which rank it is
 
 _LENIENCY = 10  # times the patience for a process that is seen to live
-_SETTLE_S = 3.0  # seconds without an answer of the store after which its keeper's end explains it
+_SETTLE_S = 3.0  # seconds for which a better explanation of a process's end is waited for
 _SUSPENDED_S = 2.0  # seconds between two looks, a fraction of a second apart, that tell that this process was suspended
 
 
@@ -41,6 +41,7 @@ class Watch:
         self._looked = self._answered = time.monotonic()
         self._pulses: dict[int, tuple[int, float]] = {}  # rank -> number of its last beat, when that was first seen
         self._excused: set[int] = set()
+        self._seen: dict[int, float] = {}  # when a launched rank without a return code was first suspected
         self._lock = threading.Lock()
 
     def note_round(self) -> None:
@@ -70,8 +71,11 @@ class Watch:
                 self._answered = min(now, self._answered + gap)
                 self._pulses = {rank: (number, min(now, since + gap)) for rank, (number, since) in self._pulses.items()}
         seen = {rank: why for rank in self._watched() if (why := self._why(rank)) is not None}
-        # Return codes say more than what is seen from outside; asked for last, they know of all that was seen to end.
-        self.suspects = seen | self._ask_children()
+        ended, unended = self._ask_children()
+        # A return code says more than what is seen from outside, and comes later: a process is a zombie as soon as its
+        # main thread has ended, and has a code once all have.
+        early = {rank for rank in unended & seen.keys() if now - self._seen.setdefault(rank, now) < _SETTLE_S}
+        self.suspects = {rank: why for rank, why in seen.items() if rank not in early} | ended
         return gap if gap > _SUSPENDED_S else 0.0
 
     def excuse(self, rank: int) -> None:
@@ -113,23 +117,20 @@ class Watch:
         note = " (its process is stopped)" if state == "stopped" else ""
         return f"has given no sign of life for {silence:.0f} s{note}"
 
-    def _ask_children(self) -> dict[int, str]:
-        """Return codes of the processes launched, which also clears zombies away."""
-        found = {}
+    def _ask_children(self) -> tuple[dict[int, str], set[int]]:
+        """How launched processes ended, and the ranks that have not; asking also clears zombies away."""
+        ended, unended = {}, set()
         ranks = {card.pid: rank for rank, card in self._exchange.cards.items() if self._own.sees(card)}
         for child in self._children():
-            returncode = child.poll()
-            if returncode is None:
-                continue
-            rank = ranks.get(child.pid)
-            if rank is not None and self._has_left(rank):
-                continue
-            if rank is not None:
-                found[rank] = f"is gone: {how_it_ended(returncode)}"
-            else:
-                ended = f"process {child.pid}, which rank {self._exchange.rank} launched, ended before it joined"
-                found[UNKNOWN] = f"{ended}: {how_it_ended(returncode)}"
-        return found
+            returncode, rank = child.poll(), ranks.get(child.pid)
+            if rank is not None and returncode is None:
+                unended.add(rank)
+            elif rank is not None and returncode is not None and not self._has_left(rank):
+                ended[rank] = f"is gone: {how_it_ended(returncode)}"
+            elif rank is None and returncode is not None:
+                who = f"process {child.pid}, which rank {self._exchange.rank} launched,"
+                ended[UNKNOWN] = f"{who} ended before it joined: {how_it_ended(returncode)}"
+        return ended, unended
 
     def _state(self, rank: int) -> str | None:
         card = self._exchange.cards.get(rank)

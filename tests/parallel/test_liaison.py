@@ -91,10 +91,12 @@ class World:
         self.out = out
         self.processes: list[Any] = []
 
-    def run(self, act: Callable[..., None], world: int = 3, port: int = 0, **settings: Any) -> None:
+    def run(
+        self, act: Callable[..., None], world: int = 3, port: int = 0, main: Any = rank_main, **settings: Any
+    ) -> None:
         for rank in range(world):
             arguments = (act, rank, world, self.out, port, settings)
-            self.processes.append(PROCESSES.Process(target=rank_main, args=arguments, daemon=True))
+            self.processes.append(PROCESSES.Process(target=main, args=arguments, daemon=True))
             self.processes[-1].start()
 
     def notes(self, rank: int, key: str) -> list[Any]:
@@ -237,10 +239,7 @@ def rank_main_in_a_container(*arguments: Any) -> None:
 
 
 def test_a_pid_of_another_namespace_says_nothing_and_silence_tells(world: World) -> None:
-    for rank in range(3):
-        arguments = (train_a_ticket, rank, 3, world.out, 0, {})
-        world.processes.append(PROCESSES.Process(target=rank_main_in_a_container, args=arguments, daemon=True))
-        world.processes[-1].start()
+    world.run(train_a_ticket, main=rank_main_in_a_container)
     world.all_work()
     killed_at = world.kill(1)
     assert world.ends(0, 2) == [1, 1]
@@ -304,7 +303,8 @@ def test_a_busy_rank_is_not_lost_even_where_it_keeps_pythons_lock(world: World) 
 
 
 def test_a_run_that_is_suspended_as_a_whole_goes_on_afterwards(world: World) -> None:
-    world.run(train_for_a_while, patience_s=1.0)
+    # Nobody can look at the others' processes, so that only the clocks tell.
+    world.run(train_for_a_while, main=rank_main_in_a_container, patience_s=1.5)
     world.all_work()
     for rank in range(3):
         world.kill(rank, signal.SIGSTOP)
@@ -622,6 +622,17 @@ def test_a_store_call_that_fails_is_made_again_over_a_new_connection(server: TCP
     client._client = Broken()  # type: ignore[assignment]
     assert client.get(["key"]) == ["value"]
     assert not isinstance(client._client, Broken) and not client.cut()
+    client.close()
+
+
+def test_stores_of_older_torch_that_cannot_be_cloned_get_a_new_client(server: TCPStore) -> None:
+    class Older:
+        underlying_store = server
+
+    client = StoreClient(Older())  # type: ignore[arg-type]
+    assert isinstance(client._client, TCPStore) and client._client is not server
+    client.set("key", "value")
+    assert server.get("key") == b"value"
     client.close()
 
 
