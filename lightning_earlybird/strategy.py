@@ -193,6 +193,13 @@ class MultiTicketStrategy(DDPStrategy):
 
     @property
     @override
+    def global_rank(self) -> int:
+        # The world's number in general: only loaders are made by the number within the group.
+        phase = self._phase
+        return phase.groups.position if phase is not None and phase.in_loader_hook else super().global_rank
+
+    @property
+    @override
     def is_global_zero(self) -> bool:
         return super().is_global_zero if self._phase is None else self._phase.leads
 

@@ -20,7 +20,7 @@ from lightning_earlybird.parallel.groups import RankGroups
 from lightning_earlybird.parallel.hosting import gather_tickets, release_tickets
 from lightning_earlybird.parallel.integer_draws import unlimited_draws
 from lightning_earlybird.parallel.liaison import Liaison
-from lightning_earlybird.parallel.loaders import adapt_samplers, reshard
+from lightning_earlybird.parallel.loaders import GroupLoaders, adapt_samplers, reshard
 from lightning_earlybird.parallel.plan import TicketPlan
 from lightning_earlybird.parallel.progress import AllTicketsInBar, TicketProgress, describe_progress
 from lightning_earlybird.parallel.relay import MetricRelay, logged_as
@@ -79,6 +79,8 @@ class TicketPhase:
         """Ticket -> what ``training_step`` returned in its turn on the present batch."""
         self.limits = {ticket: ensemble.regions[ticket].max_steps for ticket in self.hosted}
         self._world_sampling = strategy.distributed_sampler_kwargs
+        self.in_loader_hook = False
+        """Whether a hook is being asked for loaders: ranks are then counted within the group."""
         self._undo: list[Callable[[], None]] = []
         self._warned_of_evaluation = False
         self.groups = RankGroups(plan.assignment.groups, self.rank, timeout)
@@ -103,10 +105,13 @@ class TicketPhase:
         if len(self.hosted) > 1:
             tickets = [self.ensemble.tickets[ticket] for ticket in self.hosted]
             self._undo.append(ClippingByTicket(strategy.precision_plugin, tickets).undo)
-        growth = reshard(trainer, self._world_sampling)
-        _, by_epochs = steps_left(trainer)
-        if by_epochs and growth > 1:
-            self._undo.append(SchedulerPace(module, growth).undo)
+        former, by_epochs = steps_left(trainer)
+        group = strategy.distributed_sampler_kwargs
+        self._undo.append(GroupLoaders(trainer, self._world_sampling, group, self._numbered).undo)
+        reshard(trainer, self._world_sampling)
+        present, _ = steps_left(trainer)
+        if by_epochs and former is not None and present is not None and present > former:
+            self._undo.append(SchedulerPace(module, former, present).undo)
         self._undo.append(StepLimit(trainer, list(self.limits.values())).undo)
         left, _ = steps_left(trainer)
         steps = {t: left if limit is None or left is None else min(limit, left) for t, limit in self.limits.items()}
@@ -132,6 +137,14 @@ class TicketPhase:
         self._undo.append(self.relay.detach)
         if self.rank == 0:
             self._undo.append(AllTicketsInBar(trainer, lambda: describe_progress(self._liaison.statuses())).undo)
+
+    @contextmanager
+    def _numbered(self) -> Iterator[None]:
+        self.in_loader_hook = True
+        try:
+            yield
+        finally:
+            self.in_loader_hook = False
 
     def turns(self) -> list[int]:
         """The tickets that take part in the step that begins now: those that have not had their ``max_steps``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,15 +85,16 @@ class StepLimit:
 class SchedulerPace:
     """Keeps learning rates, which go by steps, in step with the epochs when an epoch comes to have more steps.
 
-    A schedule was laid out for the steps of all ranks together. In a smaller group an epoch has ``factor`` times as
-    many: a scheduler then moves on at every ``factor``-th call, so that it gets as far in an epoch as before.
+    A schedule was laid out for the steps of all ranks together. In a smaller group an epoch has more of them: a
+    scheduler then moves on at some of its calls only, evenly spread, and ends with the last one where it was to end.
 
     Args:
         module: The LightningModule, whose ``lr_scheduler_step`` is shadowed.
-        factor: How many times as many steps an epoch has; at least 1.
+        former: Optimizer steps that were left to all ranks together.
+        present: Those that are left to the group instead; at least as many.
     """
 
-    def __init__(self, module: pl.LightningModule, factor: float) -> None:
+    def __init__(self, module: pl.LightningModule, former: int, present: int) -> None:
         self._module = module
         self._calls: dict[int, int] = {}
         step: Callable[..., None] = module.lr_scheduler_step
@@ -106,7 +106,7 @@ class SchedulerPace:
             )
             if by_step:
                 calls = self._calls[id(scheduler)] = self._calls.get(id(scheduler), 0) + 1
-                if math.floor(calls / factor) == math.floor((calls - 1) / factor):
+                if calls * former // present == (calls - 1) * former // present:
                     return
             step(scheduler, metric)
 
