@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
 
 from lightning_earlybird.ensemble import TicketEnsemble, Turn
 from lightning_earlybird.parallel.budgets import steps_left
@@ -26,6 +28,7 @@ from lightning_earlybird.parallel.progress import AllTicketsInBar, TicketProgres
 from lightning_earlybird.parallel.relay import MetricRelay, logged_as
 from lightning_earlybird.parallel.separate import (
     ClippingByTicket,
+    FinishedAverages,
     SchedulerPace,
     SeparateCheckpoints,
     StepLimit,
@@ -123,6 +126,13 @@ class TicketPhase:
             self.began, steps, lambda: self.outputs, tell, before_end=lambda: checkpoints.save_last(trainer)
         )
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averages = self._averages_that_may_end()
+        if averages:
+            ending = FinishedAverages(self.began, self.limits, averages)
+            # Lightning keeps checkpoints last.
+            end = next((i for i, each in enumerate(callbacks) if isinstance(each, Checkpoint)), len(callbacks))
+            callbacks = [*callbacks[:end], ending, *callbacks[end:]]
+            self._undo.append(lambda: self._remove(ending))
         # A new list, since Lightning may be going through the old one; first, to hear of the end before averages are
         # copied into the module.
         trainer.callbacks = [progress, *callbacks]  # type: ignore[attr-defined]
@@ -137,6 +147,14 @@ class TicketPhase:
         self._undo.append(self.relay.detach)
         if self.rank == 0:
             self._undo.append(AllTicketsInBar(trainer, lambda: describe_progress(self._liaison.statuses())).undo)
+
+    def _averages_that_may_end(self) -> dict[int, list[nn.Module]]:
+        """Ticket -> its averaged copies, where one ticket may end before another; empty elsewhere."""
+        if len(set(self.limits.values())) < 2:
+            return {}
+        roots = [root.get_submodule(self._name) for root in averaged_modules(self._trainer)]
+        copies = {ticket: [root.get_submodule(f"tickets.{ticket}") for root in roots] for ticket in self.hosted}
+        return copies if roots else {}
 
     @contextmanager
     def _numbered(self) -> Iterator[None]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
-from torch import nn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 
 def folder_of(hosted: Sequence[int]) -> str:
@@ -80,6 +82,47 @@ class StepLimit:
     def undo(self) -> None:
         """The Trainer has its own limit back."""
         self._loop.max_steps = self._former
+
+
+class FinishedAverages(pl.Callback):
+    """Stops the averages of tickets that have had their ``max_steps``, while others on the same rank go on.
+
+    Averaging callbacks know one step for all: the average of an ended ticket would creep on to its last weights,
+    and depend on who shares its rank. To be placed after them and before ``ModelCheckpoint``.
+
+    Args:
+        began: Optimizer step at which the rank's tickets began.
+        limits: Ticket -> its ``max_steps``, or None.
+        averages: Ticket -> its averaged copies.
+    """
+
+    def __init__(
+        self, began: int, limits: Mapping[int, int | None], averages: Mapping[int, Sequence[nn.Module]]
+    ) -> None:
+        self._began = began
+        self._limits = limits
+        self._averages = averages
+        self._kept: dict[nn.Module, list[Tensor]] = {}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        self._keep(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        done = trainer.global_step - self._began
+        ended = [ticket for ticket, limit in self._limits.items() if limit is not None and done >= limit]
+        for average in [average for ticket in ended for average in self._averages[ticket]]:
+            tensors = [tensor.data for tensor in (*average.parameters(), *average.buffers())]
+            if average not in self._kept:
+                self._kept[average] = [tensor.clone() for tensor in tensors]
+            for tensor, kept in zip(tensors, self._kept[average], strict=True):
+                tensor.copy_(kept)
 
 
 class SchedulerPace:
