@@ -161,9 +161,9 @@ def train(out: Path) -> None:
     # Switches between two epochs.
     module = Recording()
     given = trainer(
-        EarlyBirdDetector([0.25, 0.5, 0.75], every_n_epochs=1, window=1, threshold=1.0),
+        EarlyBirdDetector([0.25, 0.5, 0.75], every_n_epochs=1, window=2, threshold=1.0),
         TimestepAwarePruner(REGIONS, round_to=4, dirpath=out / "given_sampler"),
-        max_epochs=3,
+        max_epochs=4,
         use_distributed_sampler=False,
     )
     rank = dist.get_rank()
@@ -203,7 +203,7 @@ def flat(batches: list[list[int]]) -> list[int]:
 
 
 FITS = ("search", "again", "combined", "own_sampler", "given_sampler", "planned")
-SEARCHES = {"search": 2, "given_sampler": 4, "planned": 3}
+SEARCHES = {"search": 2, "given_sampler": 8, "planned": 3}
 """Fit -> the step of its switch; the others begin with saved tickets. The world's epochs have four batches a rank."""
 
 
@@ -240,11 +240,10 @@ def test_the_epoch_of_the_switch_goes_on_with_as_many_batches_as_the_group_has(o
 @pytest.mark.parametrize("name", ["search", "given_sampler"])
 def test_each_group_validates_on_all_the_data(out, name):
     for group in in_groups(states(out, name)):
-        for epoch in sorted(group[0]["ids"]):
+        for epoch in sorted(group[0]["ids"])[SEARCHES[name] // 4 :]:
             seen = [number for state in group for number in state["validated"][epoch]]
-            if epoch > 0 or name == "search":
-                # In the first epoch there was the sanity check as well: two batches a rank of the world.
-                assert sorted(seen if epoch > 0 else set(seen)) == EVERYTHING
+            # In the first epoch there was the sanity check as well: two batches a rank of the world.
+            assert sorted(seen if epoch > 0 else set(seen)) == EVERYTHING
 
 
 @pytest.mark.slow

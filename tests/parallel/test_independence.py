@@ -172,6 +172,9 @@ def test_after_the_switch_a_rank_holds_what_its_own_ticket_needs(out):
         assert 5 * dense <= state["memory"]["dense"] < 5 * dense + 4 * spare
         assert 5 * own <= state["memory"]["tickets"] < 5 * own + spare
         assert state["wrappers"] == [1, 0]
+    for state in states(out, "slow")[1:]:  # rank 0 has loaded what it draws figures with
+        seen, occupied = (state["memory"][f"dense{kind}"] - state["memory"][f"tickets{kind}"] for kind in ("", "_rss"))
+        assert occupied > 0.5 * seen
     sizes = [state["memory"]["tickets_parameters"] for state in states(out, "slow")]
     assert sizes[0] > 2 * sizes[1] > 4 * sizes[2]
 
