@@ -51,14 +51,18 @@ def check_loaders(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def reshard(trainer: pl.Trainer, former: dict[str, Any]) -> None:
     """Set up the loaders of a running fit anew, after the world has been split.
 
-    The batch under way stays. The epoch under way goes on over the new loader, to as many batches as that has.
+    The batch under way stays. The epoch under way goes on over the new loader, to as many batches as that has. Where
+    the group is the whole world, nothing happens.
 
     Args:
         trainer: The Trainer, whose strategy knows the new group.
         former: What ``strategy.distributed_sampler_kwargs`` was before.
     """
     fit_loop = trainer.fit_loop
-    adapt_samplers(trainer, former, trainer.strategy.distributed_sampler_kwargs)  # type: ignore[attr-defined]
+    present: dict[str, Any] = trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
+    if present == former:
+        return
+    adapt_samplers(trainer, former, present)
     for loop in (fit_loop, fit_loop.epoch_loop.val_loop):
         loop._combined_loader = None
     running = fit_loop._data_fetcher

@@ -30,9 +30,10 @@ EVERYTHING = list(range(SAMPLES))
 class Recording(Lit):
     """Writes down the samples that it gets, and what collectives say."""
 
-    def __init__(self, configure: Any = None, hook: bool = False) -> None:
+    def __init__(self, configure: Any = None, hook: bool = False, **settings: Any) -> None:
         super().__init__(**({} if configure is None else {"configure": configure}))
         self.hook = hook
+        self.settings = settings
         self.ids: dict[int, list[list[int]]] = defaultdict(list)
         self.validated: dict[int, list[int]] = defaultdict(list)
         self.seen: dict[str, list] = defaultdict(list)
@@ -65,7 +66,9 @@ class Recording(Lit):
         self.seen["world"] = [dist.get_world_size(), self.trainer.world_size]
 
     def train_dataloader(self):
-        return own_sampler(self.trainer.world_size, self.trainer.global_rank) if self.hook else data(shuffle=True)
+        if self.hook:
+            return own_sampler(self.trainer.world_size, self.trainer.global_rank)
+        return data(shuffle=True, **self.settings)
 
 
 class ByHand(Recording):
@@ -132,7 +135,7 @@ def train(out: Path) -> None:
         max_epochs=EPOCHS,
         check_val_every_n_epoch=1,
     )
-    module = Recording(one_cycle)
+    module = Recording(one_cycle, num_workers=1, persistent_workers=True)
     first.fit(module, val_dataloaders=data())
     write(out, "search", first, module)
 
