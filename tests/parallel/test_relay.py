@@ -9,10 +9,14 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from modules import Lit, fit, quiet_trainer
+from torch.distributed import HashStore
 from torchmetrics import MeanMetric
 
+from lightning_earlybird.parallel.exchange import Beat, Exchange
+from lightning_earlybird.parallel.mail import Inbox, Outbox
 from lightning_earlybird.parallel.progress import AllTicketsInBar, Occasionally, TicketProgress, describe_progress
 from lightning_earlybird.parallel.relay import MetricRelay, logged_as, named_by_ticket
+from lightning_earlybird.parallel.store import StoreClient
 
 
 def test_metrics_of_a_rank_get_the_names_of_its_tickets():
@@ -179,3 +183,23 @@ def test_words_become_rarer(monkeypatch):
         show()
     pauses = [after - before for before, after in zip([0.0, *said], said, strict=False)]
     assert pauses[0] == 10 and pauses == sorted(pauses) and pauses[-1] == 300
+
+
+def test_who_waits_for_an_event_has_all_that_was_posted_before_it():
+    store = HashStore()
+    first, second = (Exchange(StoreClient(store), rank, 2, "test") for rank in range(2))
+    inbox, outbox, beats = Inbox(), Outbox(), [Beat(), Beat()]
+    first.join()
+    second.join()
+    for number in range(30):
+        outbox.put({"number": number, "text": 200_000 * "x"})
+    beats[0].marks = beats[1].marks = ["finished"]
+    rounds, received = 0, []
+    while first.bulletin.missing.get("finished") != 0:
+        second.send(beats[1], outbox)
+        first.send(beats[0], Outbox())
+        first.read(inbox)
+        received += [message["number"] for _, message in inbox.take()]
+        rounds += 1
+    assert received == list(range(30))
+    assert rounds > 1
