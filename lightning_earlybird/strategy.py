@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -322,11 +323,11 @@ class MultiTicketStrategy(DDPStrategy):
         if not liaison.wait_for_all("finished", meanwhile):
             raise SIGTERMException
         self._doing("gathering the trained tickets")
-        phase.deliver()
         self._phase = None
         phase.gather()
         assert self._on_gathered is not None
         self._on_gathered()
+        phase.deliver(math.inf)  # the last metrics, for which nobody waits any more
         phase.remove_finished()
 
     @override

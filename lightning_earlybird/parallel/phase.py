@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -41,6 +43,9 @@ from lightning_earlybird.transition import averaged_modules, unwrap_ddp
 
 if TYPE_CHECKING:
     from datetime import timedelta
+
+DELIVERY_S = 1.0
+"""How long rank 0 logs what others have sent, between two batches or while it waits."""
 
 
 class TicketPhase:
@@ -86,6 +91,7 @@ class TicketPhase:
         """Whether a hook is being asked for loaders: ranks are then counted within the group."""
         self._undo: list[Callable[[], None]] = []
         self._warned_of_evaluation = False
+        self._arrived: deque[tuple[int, dict[str, Any]]] = deque()  # messages that are still to be logged
         self.groups = RankGroups(plan.assignment.groups, self.rank, timeout)
 
     @property
@@ -198,10 +204,21 @@ class TicketPhase:
         for ensemble in self._ensembles():
             ensemble.turn = None
 
-    def deliver(self) -> None:
-        """On rank 0: log what other ranks have sent."""
-        if self.rank == 0:
-            self.relay.deliver(self._liaison.receive())
+    def deliver(self, seconds: float = DELIVERY_S) -> None:
+        """On rank 0: log what other ranks have sent, for so many seconds; the rest comes the next time.
+
+        Loggers may be slow, and rank 0 has a ticket to train, and others who wait for it at the end.
+        """
+        if self.rank != 0:
+            return
+        self._arrived.extend(self._liaison.receive())
+        until = time.monotonic() + seconds
+
+        def due() -> Iterator[tuple[int, dict[str, Any]]]:
+            while self._arrived and time.monotonic() < until:
+                yield self._arrived.popleft()
+
+        self.relay.deliver(due())
 
     def write_finished(self) -> None:
         """Write this group's trained tickets, one directory each, before others are waited for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,12 +73,14 @@ class MetricRelay:
         for logger in self._loggers:
             logger.__dict__.pop("log_metrics", None)
 
-    def deliver(self, messages: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    def deliver(self, messages: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """On rank 0: give what other ranks have sent to the loggers."""
+        any_arrived = False
         for _, message in messages:
+            any_arrived = True
             logger = self._loggers[message["logger"]]
             type(logger).log_metrics(logger, message["metrics"], message["step"])
-        if messages:
+        if any_arrived:
             for logger in self._loggers:
                 logger.save()
 
