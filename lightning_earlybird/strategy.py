@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -193,6 +194,13 @@ class MultiTicketStrategy(DDPStrategy):
 
     @property
     @override
+    def global_rank(self) -> int:
+        # The world's number in general: only loaders are made by the number within the group.
+        phase = self._phase
+        return phase.groups.position if phase is not None and phase.in_loader_hook else super().global_rank
+
+    @property
+    @override
     def is_global_zero(self) -> bool:
         return super().is_global_zero if self._phase is None else self._phase.leads
 
@@ -315,11 +323,11 @@ class MultiTicketStrategy(DDPStrategy):
         if not liaison.wait_for_all("finished", meanwhile):
             raise SIGTERMException
         self._doing("gathering the trained tickets")
-        phase.deliver()
         self._phase = None
         phase.gather()
         assert self._on_gathered is not None
         self._on_gathered()
+        phase.deliver(math.inf)  # the last metrics, for which nobody waits any more
         phase.remove_finished()
 
     @override

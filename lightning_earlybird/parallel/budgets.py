@@ -48,9 +48,12 @@ def steps_left(trainer: pl.Trainer, *, alone: bool = False) -> tuple[int | None,
         assert trainer.max_epochs is not None
         if alone:
             batches = _batches_alone(trainer, int(batches))
-        epochs: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        done = epochs * batches + max(0, trainer.fit_loop.batch_idx)
-        by_epochs = math.ceil(max(0, trainer.max_epochs * batches - done) / trainer.accumulate_grad_batches)
+        progress, accumulated = trainer.fit_loop.epoch_progress.current, trainer.accumulate_grad_batches
+        # Between two epochs, and before the first, the count of batches is still that of the last epoch.
+        taken = max(0, trainer.fit_loop.batch_idx) if progress.ready > progress.processed else 0  # type: ignore[attr-defined]
+        # Lightning takes a step at the end of each epoch, too, however few batches have been accumulated.
+        epochs: int = trainer.max_epochs - progress.processed  # type: ignore[attr-defined]
+        by_epochs = max(0, epochs * math.ceil(batches / accumulated) - taken // accumulated)
     if by_epochs is not None and (by_steps is None or by_epochs <= by_steps):
         return by_epochs, True
     return by_steps, False
@@ -72,4 +75,4 @@ def _batches_alone(trainer: pl.Trainer, batches: int) -> int:
         return batches
     limit = trainer.limit_train_batches
     # Of several loaders the longest counts, as in Lightning's default mode.
-    return min(max(counts), limit) if isinstance(limit, int) else math.ceil(max(counts) * limit)
+    return min(max(counts), limit) if isinstance(limit, int) else int(max(counts) * limit)

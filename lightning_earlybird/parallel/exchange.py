@@ -86,6 +86,7 @@ class Exchange:
         self.verdict: str | None = None
         self.stop = False
         self._prefix = prefix
+        self._marks: list[str] = []  # as last sent
         self._read = dict.fromkeys(self.ranks, 0)  # pieces of mail read, by sender
 
     def join(self) -> None:
@@ -102,7 +103,11 @@ class Exchange:
             self.client.replace("stop", "", "0")
 
     def send(self, beat: Beat, outbox: Outbox, leaving: bool = False) -> None:
-        """Writes this rank's beat, after as much of its mail as may go; it leaves when none is left."""
+        """Writes this rank's beat, after as much of its mail as may go; it leaves when none is left.
+
+        An event is marked once all is sent that was posted before it: who waits for all to mark it has their mail.
+        """
+        marks = beat.marks  # before the mail, to which something may be added meanwhile
         for _ in range(_PIECES_A_ROUND):
             unread = beat.pieces - _UNREAD_PIECES
             if not outbox or (unread >= 0 and self.client.has(f"mail/{self.rank}/{unread}")):
@@ -111,7 +116,9 @@ class Exchange:
             beat.pieces += 1
         beat.left = leaving and not outbox
         beat.number += 1
-        self.client.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
+        if not outbox:
+            self._marks = marks
+        self.client.set(f"beat/{self.rank}", json.dumps({**asdict(beat), "marks": self._marks}))
 
     def read(self, inbox: Inbox) -> None:
         """Reads what the others say; on rank 0 their mail too, and the bulletin is written."""

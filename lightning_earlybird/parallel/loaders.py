@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -44,21 +48,21 @@ def check_loaders(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             )
 
 
-def reshard(trainer: pl.Trainer, former: dict[str, Any]) -> float:
+def reshard(trainer: pl.Trainer, former: dict[str, Any]) -> None:
     """Set up the loaders of a running fit anew, after the world has been split.
 
-    The batch under way stays. The epoch under way goes on over the new loader, to as many batches as that has.
+    The batch under way stays. The epoch under way goes on over the new loader, to as many batches as that has. Where
+    the group is the whole world, nothing happens.
 
     Args:
         trainer: The Trainer, whose strategy knows the new group.
         former: What ``strategy.distributed_sampler_kwargs`` was before.
-
-    Returns:
-        How many times as many batches an epoch has now; 1 where they cannot be counted.
     """
     fit_loop = trainer.fit_loop
-    before = fit_loop.max_batches
-    adapt_samplers(trainer, former, trainer.strategy.distributed_sampler_kwargs)  # type: ignore[attr-defined]
+    present: dict[str, Any] = trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
+    if present == former:
+        return
+    adapt_samplers(trainer, former, present)
     for loop in (fit_loop, fit_loop.epoch_loop.val_loop):
         loop._combined_loader = None
     running = fit_loop._data_fetcher
@@ -76,9 +80,10 @@ def reshard(trainer: pl.Trainer, former: dict[str, Any]) -> float:
         running.__dict__.update(fresh.__dict__)
         running._start_profiler, running._stop_profiler = profilers
         fit_loop._data_fetcher = running
-    after = fit_loop.max_batches
-    finite = before not in (0, float("inf")) and after not in (0, float("inf"))
-    return after / before if finite else 1.0
+    if fit_loop.max_batches != float("inf"):
+        # What was the last batch of the old loader need not be the last of the epoch now.
+        batches = fit_loop.epoch_loop.batch_progress
+        batches.is_last_batch = batches.current.ready >= fit_loop.max_batches
 
 
 def adapt_samplers(trainer: pl.Trainer, former: dict[str, Any], present: dict[str, Any]) -> None:
@@ -93,9 +98,62 @@ def adapt_samplers(trainer: pl.Trainer, former: dict[str, Any], present: dict[st
         present: Those that they are to go by.
     """
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
-        for loader in loop._combined_loader.flattened if loop._combined_loader is not None else []:
-            sampler = getattr(loader, "sampler", None)
-            if isinstance(sampler, DistributedSampler) and sampler.num_replicas == former["num_replicas"]:
+        if loop._combined_loader is not None:
+            _adapt_all(loop._combined_loader, former, present)
+
+
+class GroupLoaders:
+    """Loaders that are asked for from now on are those of the group.
+
+    While a ``*_dataloader`` hook runs, ``global_rank`` is the position within the group, beside ``world_size``, which
+    is its size: hooks make samplers of both. Where loaders with samplers for the whole world come all the same, such as
+    those that were given to ``fit``, the samplers are adapted.
+
+    Args:
+        trainer: The Trainer of the fit.
+        former: The ``distributed_sampler_kwargs`` of the world.
+        present: Those of the group.
+        numbered: Gives a context in which ``global_rank`` is the position within the group.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        former: dict[str, Any],
+        present: dict[str, Any],
+        numbered: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        loops = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+        self._sources = [loop._data_source for loop in loops]
+        for source in self._sources:
+            source.__dict__["dataloader"] = functools.partial(self._ask, source.dataloader, former, present, numbered)
+
+    def undo(self) -> None:
+        """Hooks are called as ever."""
+        for source in self._sources:
+            source.__dict__.pop("dataloader", None)
+
+    @staticmethod
+    def _ask(
+        ask: Callable[[], Any],
+        former: dict[str, Any],
+        present: dict[str, Any],
+        numbered: Callable[[], AbstractContextManager[None]],
+    ) -> Any:
+        with numbered():
+            loaders = ask()
+        _adapt_all(loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders), former, present)
+        return loaders
+
+
+def _adapt_all(loaders: CombinedLoader, former: dict[str, Any], present: dict[str, Any]) -> None:
+    for loader in loaders.flattened:
+        samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+        for sampler in {id(sampler): sampler for sampler in samplers}.values():
+            if isinstance(sampler, DistributedSampler) and (sampler.num_replicas, sampler.rank) == (
+                former["num_replicas"],
+                former["rank"],
+            ):
                 _adapt(sampler, present["num_replicas"], present["rank"])
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
 
 from lightning_earlybird.ensemble import TicketEnsemble, Turn
 from lightning_earlybird.parallel.budgets import steps_left
@@ -20,12 +24,13 @@ from lightning_earlybird.parallel.groups import RankGroups
 from lightning_earlybird.parallel.hosting import gather_tickets, release_tickets
 from lightning_earlybird.parallel.integer_draws import unlimited_draws
 from lightning_earlybird.parallel.liaison import Liaison
-from lightning_earlybird.parallel.loaders import adapt_samplers, reshard
+from lightning_earlybird.parallel.loaders import GroupLoaders, adapt_samplers, reshard
 from lightning_earlybird.parallel.plan import TicketPlan
 from lightning_earlybird.parallel.progress import AllTicketsInBar, TicketProgress, describe_progress
 from lightning_earlybird.parallel.relay import MetricRelay, logged_as
 from lightning_earlybird.parallel.separate import (
     ClippingByTicket,
+    FinishedAverages,
     SchedulerPace,
     SeparateCheckpoints,
     StepLimit,
@@ -38,6 +43,9 @@ from lightning_earlybird.transition import averaged_modules, unwrap_ddp
 
 if TYPE_CHECKING:
     from datetime import timedelta
+
+DELIVERY_S = 1.0
+"""How long rank 0 logs what others have sent, between two batches or while it waits."""
 
 
 class TicketPhase:
@@ -79,8 +87,11 @@ class TicketPhase:
         """Ticket -> what ``training_step`` returned in its turn on the present batch."""
         self.limits = {ticket: ensemble.regions[ticket].max_steps for ticket in self.hosted}
         self._world_sampling = strategy.distributed_sampler_kwargs
+        self.in_loader_hook = False
+        """Whether a hook is being asked for loaders: ranks are then counted within the group."""
         self._undo: list[Callable[[], None]] = []
         self._warned_of_evaluation = False
+        self._arrived: deque[tuple[int, dict[str, Any]]] = deque()  # messages that are still to be logged
         self.groups = RankGroups(plan.assignment.groups, self.rank, timeout)
 
     @property
@@ -103,10 +114,13 @@ class TicketPhase:
         if len(self.hosted) > 1:
             tickets = [self.ensemble.tickets[ticket] for ticket in self.hosted]
             self._undo.append(ClippingByTicket(strategy.precision_plugin, tickets).undo)
-        growth = reshard(trainer, self._world_sampling)
-        _, by_epochs = steps_left(trainer)
-        if by_epochs and growth > 1:
-            self._undo.append(SchedulerPace(module, growth).undo)
+        former, by_epochs = steps_left(trainer)
+        group = strategy.distributed_sampler_kwargs
+        self._undo.append(GroupLoaders(trainer, self._world_sampling, group, self._numbered).undo)
+        reshard(trainer, self._world_sampling)
+        present, _ = steps_left(trainer)
+        if by_epochs and former is not None and present is not None and present > former:
+            self._undo.append(SchedulerPace(module, former, present).undo)
         self._undo.append(StepLimit(trainer, list(self.limits.values())).undo)
         left, _ = steps_left(trainer)
         steps = {t: left if limit is None or left is None else min(limit, left) for t, limit in self.limits.items()}
@@ -118,6 +132,13 @@ class TicketPhase:
             self.began, steps, lambda: self.outputs, tell, before_end=lambda: checkpoints.save_last(trainer)
         )
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averages = self._averages_that_may_end()
+        if averages:
+            ending = FinishedAverages(self.began, self.limits, averages)
+            # Lightning keeps checkpoints last.
+            end = next((i for i, each in enumerate(callbacks) if isinstance(each, Checkpoint)), len(callbacks))
+            callbacks = [*callbacks[:end], ending, *callbacks[end:]]
+            self._undo.append(lambda: self._remove(ending))
         # A new list, since Lightning may be going through the old one; first, to hear of the end before averages are
         # copied into the module.
         trainer.callbacks = [progress, *callbacks]  # type: ignore[attr-defined]
@@ -132,6 +153,22 @@ class TicketPhase:
         self._undo.append(self.relay.detach)
         if self.rank == 0:
             self._undo.append(AllTicketsInBar(trainer, lambda: describe_progress(self._liaison.statuses())).undo)
+
+    def _averages_that_may_end(self) -> dict[int, list[nn.Module]]:
+        """Ticket -> its averaged copies, where one ticket may end before another; empty elsewhere."""
+        if len(set(self.limits.values())) < 2:
+            return {}
+        roots = [root.get_submodule(self._name) for root in averaged_modules(self._trainer)]
+        copies = {ticket: [root.get_submodule(f"tickets.{ticket}") for root in roots] for ticket in self.hosted}
+        return copies if roots else {}
+
+    @contextmanager
+    def _numbered(self) -> Iterator[None]:
+        self.in_loader_hook = True
+        try:
+            yield
+        finally:
+            self.in_loader_hook = False
 
     def turns(self) -> list[int]:
         """The tickets that take part in the step that begins now: those that have not had their ``max_steps``."""
@@ -167,10 +204,21 @@ class TicketPhase:
         for ensemble in self._ensembles():
             ensemble.turn = None
 
-    def deliver(self) -> None:
-        """On rank 0: log what other ranks have sent."""
-        if self.rank == 0:
-            self.relay.deliver(self._liaison.receive())
+    def deliver(self, seconds: float = DELIVERY_S) -> None:
+        """On rank 0: log what other ranks have sent, for so many seconds; the rest comes the next time.
+
+        Loggers may be slow, and rank 0 has a ticket to train, and others who wait for it at the end.
+        """
+        if self.rank != 0:
+            return
+        self._arrived.extend(self._liaison.receive())
+        until = time.monotonic() + seconds
+
+        def due() -> Iterator[tuple[int, dict[str, Any]]]:
+            while self._arrived and time.monotonic() < until:
+                yield self._arrived.popleft()
+
+        self.relay.deliver(due())
 
     def write_finished(self) -> None:
         """Write this group's trained tickets, one directory each, before others are waited for."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
+from torchmetrics import Metric
 
-_OF_TICKET = re.compile(r"ticket_\d+/")
+from lightning_earlybird.parallel.separate import folder_of
+
+_OF_TICKET = re.compile(r"tickets?(_\d+)+/")
 
 
 def named_by_ticket(metrics: Mapping[str, Any], hosted: Sequence[int]) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def named_by_ticket(metrics: Mapping[str, Any], hosted: Sequence[int]) -> dict[s
         hosted: The tickets of that rank. What is not known for each of them apart is given to all.
 
     Returns:
-        ``ticket_N/name`` -> value.
+        ``ticket_N/name`` -> value; ``tickets_N_M/name`` for what is known of several together only.
     """
     named = {name: value for name, value in metrics.items() if _OF_TICKET.match(name)}
     apart = {name.split("/", 1)[1] for name in named}
@@ -70,12 +73,14 @@ class MetricRelay:
         for logger in self._loggers:
             logger.__dict__.pop("log_metrics", None)
 
-    def deliver(self, messages: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    def deliver(self, messages: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """On rank 0: give what other ranks have sent to the loggers."""
+        any_arrived = False
         for _, message in messages:
+            any_arrived = True
             logger = self._loggers[message["logger"]]
             type(logger).log_metrics(logger, message["metrics"], message["step"])
-        if messages:
+        if any_arrived:
             for logger in self._loggers:
                 logger.save()
 
@@ -92,7 +97,8 @@ class MetricRelay:
 def logged_as(module: pl.LightningModule, ticket: int, hosted: Sequence[int]) -> Iterator[None]:
     """While a ticket of several has its turn, ``self.log`` logs for that ticket as well as for the rank.
 
-    The rank's own value (a mean over its tickets, or that of the last turn) is what callbacks monitor.
+    The rank's own value (a mean over its tickets, or that of the last turn) is what callbacks monitor. An object of
+    torchmetrics is one for all tickets of a rank, and is logged as ``tickets_N_M/name``.
 
     Args:
         module: The LightningModule.
@@ -108,7 +114,9 @@ def logged_as(module: pl.LightningModule, ticket: int, hosted: Sequence[int]) ->
         log(name, value, *args, **kwargs)
         if not args:
             kwargs["prog_bar"] = False
-        log(f"ticket_{ticket}/{name}", value, *args, **kwargs)
+        # A metric object has taken in the values of all tickets: what it computes is about none of them alone.
+        owner = folder_of(hosted if isinstance(value, Metric) else [ticket])
+        log(f"{owner}/{name}", value, *args, **kwargs)
 
     module.__dict__["log"] = log_both
     try:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
-from torch import nn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 
 def folder_of(hosted: Sequence[int]) -> str:
@@ -83,18 +84,60 @@ class StepLimit:
         self._loop.max_steps = self._former
 
 
+class FinishedAverages(pl.Callback):
+    """Stops the averages of tickets that have had their ``max_steps``, while others on the same rank go on.
+
+    Averaging callbacks know one step for all: the average of an ended ticket would creep on to its last weights,
+    and depend on who shares its rank. To be placed after them and before ``ModelCheckpoint``.
+
+    Args:
+        began: Optimizer step at which the rank's tickets began.
+        limits: Ticket -> its ``max_steps``, or None.
+        averages: Ticket -> its averaged copies.
+    """
+
+    def __init__(
+        self, began: int, limits: Mapping[int, int | None], averages: Mapping[int, Sequence[nn.Module]]
+    ) -> None:
+        self._began = began
+        self._limits = limits
+        self._averages = averages
+        self._kept: dict[nn.Module, list[Tensor]] = {}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        self._keep(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        done = trainer.global_step - self._began
+        ended = [ticket for ticket, limit in self._limits.items() if limit is not None and done >= limit]
+        for average in [average for ticket in ended for average in self._averages[ticket]]:
+            tensors = [tensor.data for tensor in (*average.parameters(), *average.buffers())]
+            if average not in self._kept:
+                self._kept[average] = [tensor.clone() for tensor in tensors]
+            for tensor, kept in zip(tensors, self._kept[average], strict=True):
+                tensor.copy_(kept)
+
+
 class SchedulerPace:
     """Keeps learning rates, which go by steps, in step with the epochs when an epoch comes to have more steps.
 
-    A schedule was laid out for the steps of all ranks together. In a smaller group an epoch has ``factor`` times as
-    many: a scheduler then moves on at every ``factor``-th call, so that it gets as far in an epoch as before.
+    A schedule was laid out for the steps of all ranks together. In a smaller group an epoch has more of them: a
+    scheduler then moves on at some of its calls only, evenly spread, and ends with the last one where it was to end.
 
     Args:
         module: The LightningModule, whose ``lr_scheduler_step`` is shadowed.
-        factor: How many times as many steps an epoch has; at least 1.
+        former: Optimizer steps that were left to all ranks together.
+        present: Those that are left to the group instead; at least as many.
     """
 
-    def __init__(self, module: pl.LightningModule, factor: float) -> None:
+    def __init__(self, module: pl.LightningModule, former: int, present: int) -> None:
         self._module = module
         self._calls: dict[int, int] = {}
         step: Callable[..., None] = module.lr_scheduler_step
@@ -106,7 +149,7 @@ class SchedulerPace:
             )
             if by_step:
                 calls = self._calls[id(scheduler)] = self._calls.get(id(scheduler), 0) + 1
-                if math.floor(calls / factor) == math.floor((calls - 1) / factor):
+                if calls * former // present == (calls - 1) * former // present:
                     return
             step(scheduler, metric)
 

@@ -69,7 +69,8 @@ def _check_strategy(strategy: Strategy) -> None:
         raise MisconfigurationException(
             f"strategy={kind}(start_method={strategy.launcher._start_method!r}): the tickets would stay in the worker"
             " processes and the main process would end with the dense network. Start the processes with"
-            " Trainer(strategy='ddp') or with torchrun; in a notebook use one device and Trainer(strategy='auto')."
+            " Trainer(strategy='ddp') (start_method='popen') or with torchrun; in a notebook use one device and"
+            " Trainer(strategy='auto')."
         )
     if not isinstance(strategy, DDPStrategy):
         return
