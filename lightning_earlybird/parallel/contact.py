@@ -225,7 +225,7 @@ class Contact:
                 self._deadline += suspended_s
                 self._progressed += suspended_s
         still_s = time.monotonic() - self._progressed
-        if self.stall_s is not None and still_s > self.stall_s and not (self.stalled or self.verdict or self._leaving):
+        if not (self.stalled or self.verdict or self._leaving) and self._stalls(still_s):
             self.stalled = self.sentence(self.rank, f"has not come to another batch for {still_s:.0f} s")
             self.hurry()
         if self.verdict is None and (self.watch.suspects or (self.stop_wanted and not self.exchange.stop)):
@@ -233,6 +233,12 @@ class Contact:
         why = None if self._leaving or self.exchange.bulletin.left else self.watch.cut_off()
         if why is not None:
             self._without_store(why)
+
+    def _stalls(self, still_s: float) -> bool:
+        if self.stall_s is None or still_s <= self.stall_s:
+            return False
+        # One that waits in a collective most likely waits for the one that hangs, which is to be named.
+        return still_s > 1.5 * self.stall_s or not _in_collective()
 
     def _without_store(self, why: str) -> None:
         self._storeless = True
@@ -272,5 +278,14 @@ class Contact:
 
 def _where() -> str:
     """Where the main thread is, as in a traceback."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return "nowhere" if frame is None else "".join(traceback.format_stack(frame)).rstrip()
+    return "".join(traceback.format_list(_main_stack())).rstrip()
+
+
+def _in_collective() -> bool:
+    """Whether the main thread is in a call to `torch.distributed`, or in a backward pass, which may hold one."""
+    calls = os.path.join("torch", "distributed", "")
+    return any(calls in frame.filename or frame.name == "_engine_run_backward" for frame in _main_stack())
+
+
+def _main_stack() -> traceback.StackSummary:
+    return traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))

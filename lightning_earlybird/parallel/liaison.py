@@ -159,6 +159,7 @@ class Liaison:
             return False
         if not contact.running:
             return True
+        self.progress()  # a collective that timed out: its cause is found now
         if _from_a_collective(error) and contact.wait(lambda: contact.verdict is not None, _SETTLE_S):
             return False
         what = f"{type(error).__name__}: {error}".partition("\n")[0][:300].rstrip(": ")
