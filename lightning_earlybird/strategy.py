@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ from lightning_earlybird.parallel.distress import (
     restore_child_observer,
     save_interrupted,
     share_sigterm,
-    wait_until,
+    stop_by_themselves,
+    stop_together,
 )
-from lightning_earlybird.parallel.liaison import Liaison, RankLostError
+from lightning_earlybird.parallel.liaison import Liaison
 from lightning_earlybird.parallel.loaders import check_loaders
 from lightning_earlybird.parallel.phase import TicketPhase
 from lightning_earlybird.parallel.plan import TicketPlan, plan_tickets
@@ -40,8 +41,8 @@ from lightning_earlybird.parallel.progress import Occasionally, describe_progres
 from lightning_earlybird.parallel.separate import folder_of
 from lightning_earlybird.reporting import log_metrics
 
-SAVING_S = 20.0
-"""How long ranks wait for each other to save what they have before they leave."""
+SAVING_S = 30.0
+"""Seconds that ranks give each other to save what they have before they leave; torchrun gives as many."""
 
 
 class MultiTicketStrategy(DDPStrategy):
@@ -60,6 +61,10 @@ class MultiTicketStrategy(DDPStrategy):
     ``ModelCheckpoint`` writes to a directory for each group, ``EarlyStopping``, ``Timer``, ``sync_dist`` and
     torchmetrics act within the group, and metrics reach the logger of rank 0 as ``ticket_N/name``.
 
+    When a rank is lost, every other one says which and what it was training, and ends; what they hold is saved in
+    ``directory / "interrupted"``, the pruner's directory. A SIGTERM to any rank has all of them save and end at their
+    next batch. Tickets that were trained to their end are in ``directory / "finished"``.
+
     Differs from the paper (arXiv 2504.09606), which trains one ticket after another by hand on a device each: all is
     one fit, and cost decides which ticket gets how many ranks.
 
@@ -67,6 +72,8 @@ class MultiTicketStrategy(DDPStrategy):
         assignment: Who trains what: for each ticket its rank or ranks, as a list (``[0, [1, 2]]``) or a mapping
             (``{0: 0, 1: [1, 2]}``); ranks that train several tickets train alone. None goes by measured cost.
         patience_s: Seconds without a sign of life after which a rank of another machine is given up.
+        timeout: As for ``DDPStrategy``: what a collective may take. A rank that has not come to another batch for so
+            long is given up, too, whichever ticket it trains.
         **kwargs: As for :class:`~lightning.pytorch.strategies.DDPStrategy`.
 
     Attributes:
@@ -105,7 +112,7 @@ class MultiTicketStrategy(DDPStrategy):
         self._liaison: Liaison | None = None
         self._directory: Path | None = None
         self._on_gathered: Callable[[], None] | None = None
-        self._failed = False
+        self._failed = self._incomplete = False
         self._waiting: list[int] = []  # tickets whose turn on the present batch is still to come
         self._step_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._find_unused = bool(self._ddp_kwargs.get("find_unused_parameters", False))
@@ -219,13 +226,15 @@ class MultiTicketStrategy(DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.plan = self._directory = None
-        self._failed = False
+        self._failed = self._incomplete = False
         replace_child_observer()
         self._liaison = Liaison(
             c10d._get_default_store() if self.world_size > 1 else None,
             self.global_rank,
             self.world_size,
             patience_s=self.patience_s,
+            # What peers in a collective would wait for at most; ranks that train other tickets are in none.
+            stall_s=self._timeout.total_seconds() if self._timeout is not None and self.world_size > 1 else None,
             children=lambda: child_processes(self),
         )
         self._liaison.start()
@@ -240,17 +249,16 @@ class MultiTicketStrategy(DDPStrategy):
                 "tickets, and all ranks train together, as under Trainer(strategy='ddp'). Add the pruner."
             )
         share_sigterm(module.trainer, self._request_stop)
+        stop_together(module.trainer, lambda: self._asked_to_stop)
         check_loaders(module.trainer, module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Between two batches: has a rank been lost, or are we to stop?"""
         if self._liaison is not None:
+            self._liaison.progress()
             self._liaison.check()
-        if self._asked_to_stop:
-            # Groups of several ranks stop together: Lightning broadcasts it before the next batch.
-            self._module.trainer._signal_connector.received_sigterm = True
-            if self.world_size == 1:
-                raise SIGTERMException
+        if self._asked_to_stop and self.world_size == 1:
+            raise SIGTERMException  # a group of several ranks agrees on it before its next batch
         if self._phase is not None:
             self._phase.deliver()
 
@@ -294,6 +302,19 @@ class MultiTicketStrategy(DDPStrategy):
         self._phase.outputs[ticket] = output
         return output
 
+    def on_validation_start(self) -> None:
+        """The first time this is before training, when the data are tried out: a SIGTERM may come then, too."""
+        if self._liaison is not None:
+            share_sigterm(self._module.trainer, self._request_stop)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """In a validation, too, a lost rank is noticed, and a rank that has nobody to agree with stops."""
+        if self._liaison is not None:
+            self._liaison.progress()
+            self._liaison.check()
+            if self._asked_to_stop and self.world_size == 1:
+                raise SIGTERMException
+
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         if self._phase is None:
@@ -323,8 +344,9 @@ class MultiTicketStrategy(DDPStrategy):
         if not liaison.wait_for_all("finished", meanwhile):
             raise SIGTERMException
         self._doing("gathering the trained tickets")
-        self._phase = None
+        self._phase, self._incomplete = None, True
         phase.gather()
+        self._incomplete = False
         assert self._on_gathered is not None
         self._on_gathered()
         phase.deliver(math.inf)  # the last metrics, for which nobody waits any more
@@ -335,15 +357,18 @@ class MultiTicketStrategy(DDPStrategy):
         super().on_exception(exception)
         self._failed = True
         liaison = self._liaison
-        if isinstance(exception, (SIGTERMException, RankLostError)):
+        if liaison is None:
+            return
+        stopped = isinstance(exception, SIGTERMException)
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM  # without it the process would end as if all had gone well
+        if stopped or not liaison.failed(exception):
+            # Weights are those of the last whole step: what breaks when another rank is lost is a collective, and the
+            # optimizer steps after those.
+            liaison.extend(SAVING_S)
             self._save_interrupted()
-            if liaison is not None and isinstance(exception, SIGTERMException):
-                # Whoever launched the processes may kill those that are left when the first one is gone.
-                liaison.mark("saved")
-                with suppress(RankLostError):
-                    wait_until(lambda: liaison.lost is not None or liaison.reached("saved"), SAVING_S)
-        elif liaison is not None:
-            liaison.failed(exception)
+        # Whoever launched the processes may kill those that are left when the first one is gone.
+        liaison.settle("saved", SAVING_S, [saver for group, saver in self._savers() if self.global_rank not in group])
 
     @override
     def teardown(self) -> None:
@@ -353,15 +378,27 @@ class MultiTicketStrategy(DDPStrategy):
         if self._liaison is not None:
             self._liaison.stop()
             self._liaison = None
+            stop_by_themselves(self._module.trainer)
             if not self._failed:
                 restore_child_observer(self)
         super().teardown()
 
     def _save_interrupted(self) -> None:
-        if self._directory is None or not self.is_global_zero:
+        # While tickets are gathered a rank holds some that are empty yet; all of them are in `finished`.
+        if self._directory is None or self._incomplete:
+            return
+        if self.global_rank not in [saver for _, saver in self._savers()]:
             return
         name = "search" if self._phase is None else folder_of(self._phase.hosted)
         save_interrupted(self._module.trainer, self._directory / "interrupted" / f"{name}.ckpt")
+
+    def _savers(self) -> list[tuple[Sequence[int], int]]:
+        """Each group of ranks that hold the same, and the one of them that saves it: the first that is still there."""
+        lost = self._liaison.lost_rank if self._liaison is not None else None
+        ranks = range(super().world_size)
+        groups: Sequence[Sequence[int]] = [ranks] if self._phase is None else self._phase.plan.assignment.groups
+        left = [(group, [rank for rank in group if rank != lost]) for group in groups]
+        return [(group, there[0]) for group, there in left if there]
 
     # --- small change
 

@@ -8,7 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Collection
 
 from lightning_earlybird.parallel.exchange import Beat, Exchange
 from lightning_earlybird.parallel.mail import Inbox, Outbox
@@ -30,6 +31,7 @@ class Contact:
         grace_s: Seconds from a verdict to the end of the process.
         beat_s: Seconds between rounds.
         leave_s: Seconds that a leave may take.
+        stall_s: Seconds without progress of the main thread after which this rank gives itself up; None: never.
         label: Who speaks, in the lines on standard error.
 
     Attributes:
@@ -38,18 +40,28 @@ class Contact:
         inbox: On rank 0: messages of all.
         verdict: Why the run cannot go on.
         failure: The same, where it is this rank that fails.
+        stalled: The same, where this rank gets nowhere.
         stop_wanted: Whether this rank asks all to stop. A plain attribute: a signal handler sets it, and must not wait
             for a lock that the thread it interrupts may hold.
     """
 
     def __init__(
-        self, exchange: Exchange, watch: Watch, *, grace_s: float, beat_s: float, leave_s: float, label: str
+        self,
+        exchange: Exchange,
+        watch: Watch,
+        *,
+        grace_s: float,
+        beat_s: float,
+        leave_s: float,
+        stall_s: float | None,
+        label: str,
     ) -> None:
         self.exchange = exchange
         self.watch = watch
         self.grace_s = grace_s
         self.beat_s = beat_s
         self.leave_s = leave_s
+        self.stall_s = stall_s
         self.label = label
         self.rank = exchange.rank
         self.beat = Beat()
@@ -57,9 +69,11 @@ class Contact:
         self.inbox = Inbox()
         self.verdict: str | None = None
         self.failure: str | None = None
+        self.stalled: str | None = None
         self.stop_wanted = False
         self._pid = 0
         self._deadline = 0.0
+        self._progressed = 0.0
         self._leaving = False
         self._storeless = False
         self._ended = threading.Event()
@@ -80,6 +94,7 @@ class Contact:
         self.exchange.join()
         self.exchange.send(self.beat, self.outbox)
         self._pid = os.getpid()
+        self.progress()
         self._talking.start()
         self._watching.start()
         # A daemon thread that comes out of a store call while the interpreter shuts down aborts the process.
@@ -113,6 +128,11 @@ class Contact:
         with self._lock:
             self._deadline = max(self._deadline, time.monotonic() + seconds)
 
+    def progress(self) -> None:
+        """Takes note that the main thread has come further."""
+        with self._lock:
+            self._progressed = time.monotonic()
+
     def others_need_no_store(self) -> bool:
         """On rank 0: whether all others have left, or are lost, or know that another one is."""
         knowing = self.verdict is not None
@@ -120,6 +140,14 @@ class Contact:
             beat.left or rank in self.watch.suspects or (knowing and (beat.heard or not beat.number))
             for rank, beat in self.exchange.beats.items()
             if rank > 0
+        )
+
+    def have_settled(self, event: str, ranks: Collection[int]) -> bool:
+        """On rank 0: whether other ranks have reached an event, or are gone."""
+        return all(
+            beat.left or event in beat.marks or rank in self.watch.suspects or not beat.number
+            for rank, beat in self.exchange.beats.items()
+            if rank > 0 and rank in ranks
         )
 
     def sentence(self, rank: int, why: str) -> str:
@@ -167,8 +195,9 @@ class Contact:
         exchange.read(self.inbox)
         self.watch.note_round()
         verdict = exchange.verdict
-        if verdict is None and self.failure is not None:
-            verdict = exchange.judge(self.failure)
+        own = self.failure or self.stalled
+        if verdict is None and own is not None:
+            verdict = exchange.judge(own)
         if verdict is None and not (self._leaving and self.rank > 0):
             for rank, why in suspects:
                 if rank != UNKNOWN and exchange.beat_of(rank).left:
@@ -186,7 +215,7 @@ class Contact:
             except Exception:
                 self._report("watching the other ranks")
             if self.verdict and not self._leaving and time.monotonic() > self._deadline:
-                self._say(f"rank {self.rank} has not left by itself and is ended")
+                self._say(f"rank {self.rank} has not left by itself and is ended", f"It stood here:\n{_where()}\n")
                 os._exit(1)
 
     def _one_look(self) -> None:
@@ -194,11 +223,22 @@ class Contact:
         if suspended_s:
             with self._lock:
                 self._deadline += suspended_s
+                self._progressed += suspended_s
+        still_s = time.monotonic() - self._progressed
+        if not (self.stalled or self.verdict or self._leaving) and self._stalls(still_s):
+            self.stalled = self.sentence(self.rank, f"has not come to another batch for {still_s:.0f} s")
+            self.hurry()
         if self.verdict is None and (self.watch.suspects or (self.stop_wanted and not self.exchange.stop)):
             self.hurry()
         why = None if self._leaving or self.exchange.bulletin.left else self.watch.cut_off()
         if why is not None:
             self._without_store(why)
+
+    def _stalls(self, still_s: float) -> bool:
+        if self.stall_s is None or still_s <= self.stall_s:
+            return False
+        # One that waits in a collective most likely waits for the one that hangs, which is to be named.
+        return still_s > 1.5 * self.stall_s or not _in_collective()
 
     def _without_store(self, why: str) -> None:
         self._storeless = True
@@ -217,12 +257,12 @@ class Contact:
         if verdict != self.failure:  # else this rank's own traceback says it better
             self._say(f"{verdict}. Rank {self.rank} stops")
 
-    def _say(self, what: str) -> None:
-        """Writes one line to standard error, and does not wait for ever where nobody reads it."""
+    def _say(self, what: str, more: str = "") -> None:
+        """Writes a line to standard error, and more below, and does not wait for ever where nobody reads it."""
 
         def write() -> None:
             # On a terminal a progress bar may stand on the line.
-            sys.stderr.write(f"{chr(10) if sys.stderr.isatty() else ''}{self.label}: {what}.\n")
+            sys.stderr.write(f"{chr(10) if sys.stderr.isatty() else ''}{self.label}: {what}.\n{more}")
             sys.stderr.flush()
 
         writer = threading.Thread(target=write, daemon=True, name="liaison-line")
@@ -234,3 +274,18 @@ class Contact:
         if what not in self._reported:
             self._reported.add(what)
             _log.exception("%s failed on rank %d; it goes on and says so only once.", what, self.rank)
+
+
+def _where() -> str:
+    """Where the main thread is, as in a traceback."""
+    return "".join(traceback.format_list(_main_stack())).rstrip()
+
+
+def _in_collective() -> bool:
+    """Whether the main thread is in a call to `torch.distributed`, or in a backward pass, which may hold one."""
+    calls = os.path.join("torch", "distributed", "")
+    return any(calls in frame.filename or frame.name == "_engine_run_backward" for frame in _main_stack())
+
+
+def _main_stack() -> traceback.StackSummary:
+    return traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _launch_process_observer
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 def share_sigterm(trainer: pl.Trainer, request_stop: Callable[[], None]) -> None:
@@ -27,21 +28,49 @@ def share_sigterm(trainer: pl.Trainer, request_stop: Callable[[], None]) -> None
         trainer: The Trainer of the fit, whose handlers are registered.
         request_stop: Tells the other ranks; must be safe in a signal handler.
     """
-    connector = trainer._signal_connector
     if threading.current_thread() is not threading.main_thread():
         return  # no handlers are registered there
+    received: list[int] = []
 
     def take_note(signum: int, frame: FrameType | None) -> None:
-        first = not connector.received_sigterm
-        connector.received_sigterm = True
+        # Not `received_sigterm`: Lightning's loops would raise on this rank, while others of its group go on to their
+        # next collective.
         request_stop()
-        if first and trainer.strategy.launcher is not None:
+        if not received and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
+        received.append(signum)
+
+    connector = trainer._signal_connector
 
     composed = signal.getsignal(signal.SIGTERM)
     if isinstance(composed, _HandlersCompose):
         own = connector._sigterm_notifier_fn
         composed.signal_handlers = [take_note if handler == own else handler for handler in composed.signal_handlers]
+
+
+def stop_together(trainer: pl.Trainer, asked: Callable[[], bool]) -> None:
+    """Have the ranks of a group stop at the same batch, when the first of them knows that it is asked to.
+
+    Takes the place of what Lightning does before every batch of several ranks. That goes by a flag which other parts of
+    its loops read without asking anybody, and takes a broken connection for "go on".
+
+    Args:
+        trainer: The Trainer of the fit.
+        asked: Whether this rank knows that all are to stop.
+    """
+
+    def agree() -> None:
+        flag = torch.tensor([int(asked())], device=trainer.strategy.root_device)
+        torch.distributed.broadcast(flag, src=0)  # of the default group, which is that of the ticket
+        if flag.item():
+            raise SIGTERMException
+
+    trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = agree
+
+
+def stop_by_themselves(trainer: pl.Trainer) -> None:
+    """Lightning's own way again."""
+    trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
 
 
 def replace_child_observer() -> None:
@@ -82,16 +111,6 @@ def child_processes(strategy: Any) -> list[Any]:
     """The processes that the launcher has started; empty where others did."""
     launcher = strategy.launcher
     return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
-
-
-def wait_until(done: Callable[[], bool], seconds: float, poll_s: float = 0.1) -> bool:
-    """Wait for something, but not for ever; whether it has come to pass."""
-    until = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > until:
-            return False
-        time.sleep(poll_s)
-    return True
 
 
 def _say(text: str) -> None:

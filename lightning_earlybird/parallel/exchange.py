@@ -54,6 +54,9 @@ class Bulletin:
         joined: Whether every rank has been heard of.
         missing: For each event that a rank has reached, how many have not.
         deserted: Events that cannot be reached by all any more, and the first rank that left without.
+        stop: Whether a stop was requested.
+        agreed: Events that all ranks had reached before that. Both stand in the same note, so that all ranks that wait
+            for an event come to the same end, whenever they read it.
         doing: What rank 0 is at.
         left: Whether rank 0 has taken its leave.
     """
@@ -62,6 +65,8 @@ class Bulletin:
     joined: bool = False
     missing: dict[str, int] = field(default_factory=dict)
     deserted: dict[str, int] = field(default_factory=dict)
+    stop: bool = False
+    agreed: list[str] = field(default_factory=list)
     doing: str = "starting"
     left: bool = False
 
@@ -128,6 +133,7 @@ class Exchange:
             self._read_cards([rank for rank, beat in self.beats.items() if beat.number and rank not in self.cards])
             for rank, beat in self.beats.items():
                 self._fetch(rank, beat.pieces, inbox)
+            self.stop = self.stop or stop == "1"
             self._write_bulletin()
         elif self.bulletin.number or self.client.has("bulletin"):
             bulletin, verdict, stop = self.client.get(["bulletin", "verdict", "stop"])
@@ -177,6 +183,12 @@ class Exchange:
             deserters = [rank for rank in without if self.beats[rank].left]
             if deserters:
                 bulletin.deserted[event] = deserters[0]
+        bulletin.stop = self.stop
+        bulletin.agreed = [
+            event
+            for event, missing in bulletin.missing.items()
+            if missing == 0 and (event in self.bulletin.agreed or not self.bulletin.stop)
+        ]
         bulletin.doing, bulletin.left = self.beats[0].doing, self.beats[0].left
         self.client.set("bulletin", json.dumps(asdict(bulletin)))
         self.bulletin = bulletin

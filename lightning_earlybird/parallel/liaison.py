@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch.distributed import DistError, HashStore, Store
@@ -29,10 +30,13 @@ class Liaison:
 
     Every rank writes a beat about once a second and reads what rank 0 writes. A rank is lost when its process is gone
     (seen at once by a rank of its own host, and by rank 0 of the processes that it launched), when it has been silent
-    for `patience_s`, when it says that it has failed, or, being rank 0, when the store that it keeps is gone. A process
-    that is seen to live is given ten times the patience: something holds Python's lock in it, such as a large
-    file being unpickled. Time in which this process itself was suspended does not count. A rank that was never heard of
-    is only missed where it was launched by rank 0.
+    for `patience_s`, when it says that it has failed or that it gets nowhere, or, being rank 0, when the store that it
+    keeps is gone. A process that is seen to live is given ten times the patience: something holds Python's lock in it,
+    such as a large file being unpickled. Time in which this process itself was suspended does not count. A rank that
+    was never heard of is only missed where it was launched by rank 0.
+
+    A process whose main thread hangs, in a data set or a lock, goes on giving signs of life. Where :meth:`progress` has
+    not been called for `stall_s`, it gives itself up.
 
     Once a rank is lost, every rank writes one line to standard error and :meth:`check` raises. A process that is
     still there `grace_s` later, because it waits in a collective for the lost rank, is ended with exit code 1. Once
@@ -48,6 +52,7 @@ class Liaison:
         grace_s: Seconds that a process has to leave by itself once a rank is lost.
         beat_s: Seconds between beats.
         leave_s: Seconds that :meth:`stop` may take; rank 0, which keeps the store, waits in it for the others to leave.
+        stall_s: Seconds without progress after which this rank gives itself up; None lets it take any time.
         children: The processes that this rank launched, each of them a rank.
         prefix: Prefix of the keys in the store.
         label: Who speaks, in the lines on standard error.
@@ -66,6 +71,7 @@ class Liaison:
         grace_s: float = 20.0,
         beat_s: float = 1.0,
         leave_s: float = 10.0,
+        stall_s: float | None = None,
         children: Callable[[], Sequence[subprocess.Popen[Any]]] = lambda: (),
         prefix: str = "liaison",
         label: str = "MultiTicketStrategy",
@@ -77,7 +83,9 @@ class Liaison:
         client = StoreClient(HashStore() if store is None else store, give_up_s=min(3.0, patience_s / 2))
         exchange = Exchange(client, rank, world_size, prefix)
         watch = Watch(exchange, patience_s, children)
-        self._contact = Contact(exchange, watch, grace_s=grace_s, beat_s=beat_s, leave_s=leave_s, label=label)
+        self._contact = Contact(
+            exchange, watch, grace_s=grace_s, beat_s=beat_s, leave_s=leave_s, stall_s=stall_s, label=label
+        )
 
     def start(self) -> None:
         """Joins the others and returns without waiting for them."""
@@ -94,6 +102,11 @@ class Liaison:
     def doing(self, text: str) -> None:
         """Says what this rank is at, for the messages of the others."""
         self._contact.beat.doing = text[:200]
+        self._contact.hurry()
+
+    def progress(self) -> None:
+        """Says that this rank has come further; while it waits for others by :meth:`wait_for_all`, it has."""
+        self._contact.progress()
 
     def set_status(self, status: dict[str, Any]) -> None:
         """Replaces what :meth:`statuses` shows of this rank on rank 0.
@@ -132,28 +145,68 @@ class Liaison:
         """Asks all ranks to stop; may be called from a signal handler."""
         self._contact.stop_wanted = True
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException) -> bool:
         """Says that this rank is going down, and waits some seconds at most for the others to hear.
 
         An error out of a collective is most often the echo of another rank's end: then the watch has a moment to find
         that one first.
+
+        Returns:
+            Whether this rank itself is to blame; False where another one's end is the cause.
         """
         contact = self._contact
-        if not contact.running or contact.verdict is not None or isinstance(error, RankLostError):
-            return
+        if isinstance(error, RankLostError) or contact.verdict is not None:
+            return False
+        if not contact.running:
+            return True
+        self.progress()  # a collective that timed out: its cause is found now
         if _from_a_collective(error) and contact.wait(lambda: contact.verdict is not None, _SETTLE_S):
-            return
+            return False
         what = f"{type(error).__name__}: {error}".partition("\n")[0][:300].rstrip(": ")
         contact.failure = contact.sentence(self.rank, f"failed: {what}")
         contact.hurry()
         if contact.wait(lambda: contact.verdict is not None, _SETTLE_S) and self.rank == 0:
             # The store may end with this process: the others are to read the verdict first.
             contact.wait(contact.others_need_no_store, _SETTLE_S)
+        return True
+
+    def settle(self, event: str, seconds: float, ranks: Collection[int]) -> None:
+        """Marks an event, and lets others reach it, too, before this process leaves.
+
+        Rank 0 waits for the given ranks, as far as they are still there. The others wait for all, and not at all where
+        a rank is lost: only rank 0 can tell who is left.
+
+        Args:
+            event: The event.
+            seconds: How long to wait at most.
+            ranks: Those for whom rank 0 waits. One that may stand in a collective with rank 0 must not be among them.
+        """
+        contact = self._contact
+        if not contact.running:
+            return
+        self.mark(event)
+        contact.extend(seconds + contact.grace_s / 2)
+        if self.rank == 0:
+            contact.wait(lambda: contact.have_settled(event, ranks), seconds)
+            return
+        contact.wait(
+            lambda: contact.verdict is not None or contact.exchange.bulletin.left or self.reached(event), seconds
+        )
+
+    def extend(self, seconds: float) -> None:
+        """Ends this process no earlier than in so many seconds, whoever is lost: it is not blocked, it saves."""
+        self._contact.extend(seconds)
 
     @property
     def lost(self) -> str | None:
         """Why the run cannot go on; None while all are well."""
         return self._contact.verdict
+
+    @property
+    def lost_rank(self) -> int | None:
+        """The rank that is lost; None where there is none, or where it is the store that is gone."""
+        found = re.match(r"rank (\d+)", self._contact.verdict or "")
+        return None if found is None else int(found[1])
 
     @property
     def stop_requested(self) -> bool:
@@ -191,15 +244,17 @@ class Liaison:
             poll_s: Seconds between polls.
 
         Returns:
-            True; False if a stop was requested first.
+            True; False if a stop was requested first. All ranks are told the same.
 
         Raises:
             RankLostError: If a rank is lost, or has left without reaching the event.
         """
-        while not self.reached(event):
+        while event not in (bulletin := self._contact.exchange.bulletin).agreed:
             self.check()
-            if self.stop_requested:
+            if bulletin.stop:
                 return False
+            self.reached(event)
+            self.progress()
             meanwhile()
             time.sleep(poll_s)
         return True

@@ -4,6 +4,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from lightning_earlybird.parallel.exchange import Beat, Exchange
 from lightning_earlybird.parallel.liaison import Liaison, RankLostError
 from lightning_earlybird.parallel.mail import PIECE, Inbox, Outbox
 from lightning_earlybird.parallel.store import StoreClient, StoreGoneError
@@ -341,9 +343,10 @@ def test_a_rank_that_waits_for_a_lost_one_in_a_collective_is_ended(world: World)
     assert 3.0 < time.time() - stopped_at < 8.0  # patience and grace
     for rank in (0, 2):
         assert world.notes(rank, "stopped") == []  # it did not end by itself
-        first, second = world.stderr(rank).splitlines()
+        first, second, *where = world.stderr(rank).splitlines()
         assert first.startswith("MultiTicketStrategy: rank 1 on ") and first.endswith(f". Rank {rank} stops.")
         assert second == f"MultiTicketStrategy: rank {rank} has not left by itself and is ended."
+        assert where[0] == "It stood here:" and any("in block_in_a_barrier" in line for line in where)
 
 
 def die_in_a_barrier(liaison: Liaison, rank: int, note: Notes) -> None:
@@ -732,3 +735,95 @@ def test_a_world_of_one_needs_no_store() -> None:
     liaison.request_stop()
     assert liaison.stop_requested and not liaison.wait_for_all("never")
     liaison.stop()
+
+
+def get_nowhere(liaison: Liaison, rank: int, note: Notes) -> None:
+    liaison.doing(f"training ticket {rank}")
+    dist.init_process_group("gloo", init_method=f"file://{note.path.parent}/group", rank=rank, world_size=3)
+    liaison.mark("works")
+    assert liaison.wait_for_all("works")
+    note(works=True)
+    since = time.monotonic()
+    if rank == 2:
+        dist.barrier()  # for which the one that hangs is missing
+    time.sleep(0.5)
+    liaison.progress()
+    while rank == 1 and time.monotonic() < since + 60:
+        pass  # an endless loop in a data set, say: the threads go on
+    try:
+        liaison.wait_for_all("end")  # and whoever waits does get somewhere
+    except RankLostError:
+        note(lost_at=time.time(), waited_s=time.monotonic() - since)
+        raise
+
+
+def test_a_rank_whose_main_thread_hangs_is_given_up_and_says_where_it_hangs(world: World) -> None:
+    world.run(get_nowhere, stall_s=3.0, grace_s=1.0)
+    world.all_work()
+    assert world.ends(0, 1, 2) == [1, 1, 1]
+    message, _ = world.verdict(0)
+    assert message.startswith("rank 1 on ") and ", training ticket 1, has not come to another batch for 3 s" in message
+    assert 2.5 < world.notes(0, "waited_s")[0] < 8.0
+    assert world.stderr(2).startswith(f"MultiTicketStrategy: {message.partition('. Rank')[0]}. Rank 2 stops.")
+    assert "in get_nowhere" in world.stderr(1).partition("rank 1 has not left by itself and is ended.")[2]
+
+
+def come_further_slowly(liaison: Liaison, rank: int, note: Notes) -> None:
+    liaison.mark("works")
+    assert liaison.wait_for_all("works")
+    for _ in range(5 if rank == 1 else 0):
+        time.sleep(0.6)
+        liaison.progress()
+    liaison.mark("end")
+    assert liaison.wait_for_all("end")
+
+
+def test_a_rank_that_comes_further_may_take_any_time_and_so_may_those_that_wait_for_it(world: World) -> None:
+    world.run(come_further_slowly, stall_s=1.5)
+    assert world.ends(0, 1, 2) == [0, 0, 0]
+    assert [world.stderr(rank) for rank in range(3)] == ["", "", ""]
+
+
+def stop_about_the_time_of_the_end(liaison: Liaison, rank: int, note: Notes) -> None:
+    draw = random.Random(rank)
+    for attempt in range(12):
+        liaison.mark("ready")
+        assert liaison.wait_for_all("ready", poll_s=0.02)
+        time.sleep(draw.uniform(0, 0.4))
+        liaison.mark("end")
+        if rank == 1:
+            time.sleep(draw.uniform(0, 0.4))
+            liaison.request_stop()
+        note(all_there=liaison.wait_for_all("end", poll_s=draw.uniform(0.01, 0.1)))
+        liaison.stop()
+        if attempt < 11:
+            liaison = Liaison(liaison._contact.exchange.client._origin, rank, 3, **QUICK)
+            liaison.start()
+    liaison.stop()
+
+
+def test_all_ranks_see_the_same_of_a_stop_and_an_end_at_the_same_time(world: World) -> None:
+    world.run(stop_about_the_time_of_the_end)
+    assert world.ends(0, 1, 2, within_s=60) == [0, 0, 0], world.stderr(0) + world.stderr(1)
+    seen = [world.notes(rank, "all_there") for rank in range(3)]
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 12 and set(seen[0]) == {True, False}  # both happened
+
+
+def test_what_is_reached_after_a_stop_is_known_counts_for_nobody() -> None:
+    store, outbox, inbox = dist.HashStore(), Outbox(), Inbox()
+    exchanges = [Exchange(StoreClient(store), rank, 2, "test") for rank in range(2)]
+    beats = [Beat(marks=["early"]), Beat(marks=["early", "late"])]
+    for exchange, beat in zip(exchanges, beats, strict=True):
+        exchange.join()
+        exchange.send(beat, outbox)
+    for marks in (["early"], ["early", "late"]):
+        beats[0].marks = marks
+        exchanges[0].send(beats[0], outbox)
+        exchanges[0].read(inbox)
+        exchanges[1].ask_to_stop()
+        exchanges[0].read(inbox)
+        exchanges[1].read(inbox)
+        bulletin = exchanges[1].bulletin
+        assert bulletin.stop and bulletin.agreed == ["early"]
+    assert bulletin.missing == {"early": 0, "late": 0}
