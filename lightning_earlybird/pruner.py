@@ -289,6 +289,8 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(trainer.strategy, MultiTicketStrategy):
+            trainer.strategy.report(exception)
         self._leave_checkpoints()  # Lightning does not tear down after an exception
 
     @override
@@ -427,10 +429,18 @@ class TimestepAwarePruner(pl.Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, MultiTicketStrategy):
             return
+        measured = step_seconds is not None
         if step_seconds is None:
             # Tickets that were there from the start: MACs at a made-up speed still share out the ranks.
             step_seconds = [1.0 if fact.macs is None else fact.macs[1] * 1e-9 for fact in self.facts]
-        strategy.split(trainer, pl_module, step_seconds, lambda: self._write_ensemble(trainer, pl_module))
+        strategy.split(
+            trainer,
+            pl_module,
+            step_seconds,
+            lambda: self._write_ensemble(trainer, pl_module),
+            began=self.switched_at,
+            measured=measured,
+        )
 
     def _pass_seconds(self, trainer: pl.Trainer, network: nn.Module, call: DenoiserCall) -> float:
         """Seconds of a forward and backward pass; zero where nobody wants to know."""

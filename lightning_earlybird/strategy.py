@@ -113,6 +113,7 @@ class MultiTicketStrategy(DDPStrategy):
         self._directory: Path | None = None
         self._on_gathered: Callable[[], None] | None = None
         self._failed = self._incomplete = False
+        self._to_blame: bool | None = None  # for the exception under way, once that has been told
         self._waiting: list[int] = []  # tickets whose turn on the present batch is still to come
         self._step_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._find_unused = bool(self._ddp_kwargs.get("find_unused_parameters", False))
@@ -153,6 +154,9 @@ class MultiTicketStrategy(DDPStrategy):
         module: pl.LightningModule,
         step_seconds: Sequence[float],
         on_gathered: Callable[[], None],
+        *,
+        began: int | None = None,
+        measured: bool = True,
     ) -> None:
         """Split the world: from here on this rank trains its own tickets only.
 
@@ -163,21 +167,31 @@ class MultiTicketStrategy(DDPStrategy):
             module: Its LightningModule, with the ensemble of all tickets.
             step_seconds: Seconds of one optimizer step of each ticket on one device; the same on all ranks.
             on_gathered: Called at the end, when all ranks hold all trained tickets.
+            began: Optimizer step at which the tickets began, in a fit that goes on with them; None means now.
+            measured: Whether ``step_seconds`` are seconds; False where they only say which ticket costs more.
         """
         found = find_ensemble(module)
         assert found is not None and self._directory is not None and self._liaison is not None
         name, ensemble = found
-        loads = ticket_loads(trainer, ensemble.regions, step_seconds)
+        check_loaders(trainer, module)
+        began = trainer.global_step if began is None else began
+        # Rank 0's: where data sets are of unequal length the others count other steps, and might plan otherwise.
+        loads = self.broadcast(ticket_loads(trainer, ensemble.regions, step_seconds, trainer.global_step - began))
         ranks_per_node = self.num_processes if self.num_nodes > 1 else None
         self.plan = plan = plan_tickets(loads, self.world_size, self.assignment, ranks_per_node=ranks_per_node)
         labels = [f"[{region.start:g}, {region.stop:g})" for region in ensemble.regions]
         rank_zero_info(
             f"MultiTicketStrategy: who trains what from step {trainer.global_step} on.\n{plan.table(labels)}"
         )
-        log_metrics(trainer, plan.metrics())
+        if measured:
+            log_metrics(trainer, plan.metrics())
+        else:
+            rank_zero_info(
+                "Times are relative: nothing was measured, and they stand for multiply-accumulate operations."
+            )
         self._on_gathered = on_gathered
         self._ddp_kwargs["find_unused_parameters"] = self._find_unused
-        phase = TicketPhase(trainer, module, name, plan, self._liaison, self._directory, self._timeout)
+        phase = TicketPhase(trainer, module, name, plan, began, self._liaison, self._directory, self._timeout)
         self._phase = phase
         phase.begin()
         self._doing(f"training {' and '.join(f'ticket {ticket} {labels[ticket]}' for ticket in phase.hosted)}")
@@ -226,7 +240,7 @@ class MultiTicketStrategy(DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.plan = self._directory = None
-        self._failed = self._incomplete = False
+        self._failed, self._incomplete, self._to_blame = False, False, None
         replace_child_observer()
         self._liaison = Liaison(
             c10d._get_default_store() if self.world_size > 1 else None,
@@ -250,7 +264,8 @@ class MultiTicketStrategy(DDPStrategy):
             )
         share_sigterm(module.trainer, self._request_stop)
         stop_together(module.trainer, lambda: self._asked_to_stop)
-        check_loaders(module.trainer, module)
+        if self._phase is None:  # else they were looked at before the world was split
+            check_loaders(module.trainer, module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Between two batches: has a rank been lost, or are we to stop?"""
@@ -272,6 +287,8 @@ class MultiTicketStrategy(DDPStrategy):
         output: STEP_OUTPUT = None
         while output is None and self._waiting:  # a training_step may skip a batch by returning None
             output = self._take_turn()
+        if output is None or not self._module.automatic_optimization:
+            self._phase.end_turn()  # no backward pass will follow
         return output
 
     @override
@@ -293,6 +310,9 @@ class MultiTicketStrategy(DDPStrategy):
         module, ticket = self._module, self._waiting.pop(0)
         # Turns after the first are taken within the backward hook, where Lightning allows no logging.
         hook, module._current_fx_name = module._current_fx_name, "training_step"
+        if self._phase.outputs:
+            # In the first batch of an epoch Lightning forgets what a hook has logged when another has logged since.
+            module.trainer._logger_connector._current_fx = "training_step"
         try:
             with self._phase.turn(ticket):
                 args, kwargs = self._step_inputs
@@ -352,6 +372,14 @@ class MultiTicketStrategy(DDPStrategy):
         phase.deliver(math.inf)  # the last metrics, for which nobody waits any more
         phase.remove_finished()
 
+    def report(self, exception: BaseException) -> None:
+        """Tell the others that this rank is going down; for a callback's ``on_exception``, before those that save.
+
+        A ``ModelCheckpoint(save_on_exception=True)`` waits for the ranks of its group, which may wait for this one.
+        """
+        if self._liaison is not None and self._to_blame is None and not isinstance(exception, SIGTERMException):
+            self._to_blame = self._liaison.failed(exception)
+
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
@@ -359,10 +387,11 @@ class MultiTicketStrategy(DDPStrategy):
         liaison = self._liaison
         if liaison is None:
             return
+        self.report(exception)
         stopped = isinstance(exception, SIGTERMException)
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + signal.SIGTERM  # without it the process would end as if all had gone well
-        if stopped or not liaison.failed(exception):
+        if stopped or not self._to_blame:
             # Weights are those of the last whole step: what breaks when another rank is lost is a collective, and the
             # optimizer steps after those.
             liaison.extend(SAVING_S)

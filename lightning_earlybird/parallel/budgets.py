@@ -13,7 +13,7 @@ from lightning_earlybird.regions import TimestepRegion
 
 
 def ticket_loads(
-    trainer: pl.Trainer, regions: Sequence[TimestepRegion], step_seconds: Sequence[float]
+    trainer: pl.Trainer, regions: Sequence[TimestepRegion], step_seconds: Sequence[float], done: int = 0
 ) -> list[TicketLoad]:
     """What each ticket will cost from now on.
 
@@ -21,12 +21,16 @@ def ticket_loads(
         trainer: The Trainer, at the switch, before the world is split.
         regions: The tickets' regions.
         step_seconds: Seconds of one optimizer step of each.
+        done: Steps that the tickets have taken already, in a fit that goes on with them.
     """
     left, divisible = steps_left(trainer, alone=True)
     loads = []
     for region, seconds in zip(regions, step_seconds, strict=True):
-        own = region.max_steps is not None and (left is None or region.max_steps < left)
-        loads.append(TicketLoad(seconds, region.max_steps if own else left, divisible and not own))
+        own = None if region.max_steps is None else max(0, region.max_steps - done)
+        if own is not None and (left is None or own < left):
+            loads.append(TicketLoad(seconds, own, divisible=False))
+        else:
+            loads.append(TicketLoad(seconds, left, divisible))
     return loads
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import warnings
@@ -56,6 +57,7 @@ class TicketPhase:
         module: Its LightningModule, holding the ensemble of all tickets.
         name: Dotted name of the ensemble in the module.
         plan: Who trains what.
+        began: Optimizer step from which the tickets' own steps count.
         liaison: How ranks keep in touch.
         directory: Where tickets are written.
         timeout: For collectives within the group.
@@ -67,6 +69,7 @@ class TicketPhase:
         module: pl.LightningModule,
         name: str,
         plan: TicketPlan,
+        began: int,
         liaison: Liaison,
         directory: Path,
         timeout: timedelta | None,
@@ -76,7 +79,7 @@ class TicketPhase:
         self.plan = plan
         self.rank = strategy.global_rank
         self.hosted: tuple[int, ...] = plan.assignment.hosted(self.rank)
-        self.began = trainer.global_step
+        self.began = began
         self.directory = directory
         self._trainer, self._module, self._name = trainer, module, name
         self._strategy, self._liaison = strategy, liaison
@@ -121,10 +124,11 @@ class TicketPhase:
         present, _ = steps_left(trainer)
         if by_epochs and former is not None and present is not None and present > former:
             self._undo.append(SchedulerPace(module, former, present).undo)
-        self._undo.append(StepLimit(trainer, list(self.limits.values())).undo)
+        self._undo.append(StepLimit(trainer, self.began, list(self.limits.values())).undo)
         left, _ = steps_left(trainer)
-        steps = {t: left if limit is None or left is None else min(limit, left) for t, limit in self.limits.items()}
-        steps = {t: self.limits[t] if amount is None else amount for t, amount in steps.items()}
+        whole = math.inf if left is None else trainer.global_step - self.began + left
+        ends = {t: min(whole, math.inf if limit is None else limit) for t, limit in self.limits.items()}
+        steps = {t: None if math.isinf(end) else int(end) for t, end in ends.items()}
         checkpoints = SeparateCheckpoints(trainer, self.hosted)
         self._undo.append(checkpoints.undo)
         tell = self._liaison.set_status if self.leads else None
@@ -173,7 +177,11 @@ class TicketPhase:
     def turns(self) -> list[int]:
         """The tickets that take part in the step that begins now: those that have not had their ``max_steps``."""
         done = self._trainer.global_step - self.began
-        return [ticket for ticket, limit in self.limits.items() if limit is None or done < limit]
+        in_turn = [ticket for ticket, limit in self.limits.items() if limit is None or done < limit]
+        for ticket in set(self.hosted).difference(in_turn):
+            for parameter in self.ensemble.tickets[ticket].parameters():
+                parameter.grad = None  # zeros would do, too, but for weight decay and momentum
+        return in_turn
 
     @contextmanager
     def turn(self, ticket: int) -> Iterator[None]:
@@ -246,8 +254,9 @@ class TicketPhase:
         self.end_turn()
         while self._undo:
             self._undo.pop()()
-        group = self._strategy.distributed_sampler_kwargs
         if self.groups.leave():
+            # Not what the strategy says, which may speak for the world again by now.
+            group = {"num_replicas": self.groups.size, "rank": self.groups.position}
             adapt_samplers(self._trainer, group, self._world_sampling)
 
     def _tell_what_is_trained_apart(self) -> None:

@@ -65,13 +65,17 @@ class MetricRelay:
         for number, logger in enumerate(self._loggers):
             if self._rank == 0:
                 logger.__dict__["log_metrics"] = functools.partial(self._log, logger.log_metrics)
-            elif self._send is not None:
+                continue
+            if self._send is not None:
                 logger.__dict__["log_metrics"] = functools.partial(self._post, number)
+            # Lightning calls it on the first rank of each group, with loggers that have no run there.
+            logger.__dict__["after_save_checkpoint"] = _nothing
 
     def detach(self) -> None:
         """Leave the loggers as they were."""
         for logger in self._loggers:
             logger.__dict__.pop("log_metrics", None)
+            logger.__dict__.pop("after_save_checkpoint", None)
 
     def deliver(self, messages: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """On rank 0: give what other ranks have sent to the loggers."""
@@ -91,6 +95,10 @@ class MetricRelay:
         assert self._send is not None
         values = {name: float(value) for name, value in named_by_ticket(metrics, self._hosted).items()}
         self._send({"logger": number, "metrics": values, "step": step})
+
+
+def _nothing(checkpoint_callback: Any) -> None:
+    """Takes the place of uploading a checkpoint."""
 
 
 @contextmanager

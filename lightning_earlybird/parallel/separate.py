@@ -68,15 +68,16 @@ class StepLimit:
 
     Args:
         trainer: The Trainer of the fit.
-        limits: ``max_steps`` of the group's tickets, from now on; None has no limit of its own.
+        began: Optimizer step from which the tickets' own steps count.
+        limits: ``max_steps`` of the group's tickets; None has no limit of its own.
     """
 
-    def __init__(self, trainer: pl.Trainer, limits: Sequence[int | None]) -> None:
+    def __init__(self, trainer: pl.Trainer, began: int, limits: Sequence[int | None]) -> None:
         self._loop = trainer.fit_loop.epoch_loop
         self._former = self._loop.max_steps
         known = [limit for limit in limits if limit is not None]
         if len(known) == len(limits):
-            own = trainer.global_step + max(known)
+            own = began + max(known)
             self._loop.max_steps = own if self._former == -1 else min(self._former, own)
 
     def undo(self) -> None:
