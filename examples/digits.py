@@ -3,7 +3,7 @@
     python examples/digits.py                                               # examples/configs/digits.yaml
     python examples/digits.py trainer.max_epochs=40 pruner.overlap=10       # overrides
     python examples/digits.py my_digits.yaml                                # a configuration of your own
-    python examples/digits.py trainer.devices=3 trainer.strategy=multi_ticket threads=1  # tickets side by side
+    python examples/digits.py examples/configs/digits_parallel.yaml         # tickets side by side, a process for each
 
 Ends with tables in the terminal; the ensemble, a grid of samples, two figures and the metrics are in the output folder.
 """
@@ -127,6 +127,10 @@ class PhaseBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         if self.pruner.phase != "search":
             metrics = {name: value for name, value in metrics.items() if not name.startswith("distance/")}
+        if getattr(trainer.strategy, "is_split", False):
+            metrics.pop(
+                "train_loss", None
+            )  # of this process's ticket; the strategy adds a line with that of every ticket
         return {"phase": self.pruner.phase, **metrics}
 
 
