@@ -189,6 +189,14 @@ def cost_report(keeper: DenseKeeper, pruner: TimestepAwarePruner, trainer: L.Tra
         f"Together {(search + tickets) * batch_size / (samples * dense):.0%} of the MACs of dense training on as many "
         f"samples ({samples:,.0f}).",
     ]
+    if plan is not None and trainer.world_size > 1:
+        hosted = [plan.assignment.hosted(rank) for rank in range(trainer.world_size)]
+        longest = max(sum(per_batch * plan.steps[k] * facts[k].macs[1] for k in own) for own in hosted)
+        path = switched_at * dense + longest
+        lines.append(
+            f"Critical path, the MACs of the busiest of {trainer.world_size} processes: {path:.2e}, "
+            f"{path / (search + tickets):.0%} of all."
+        )
     return "\n".join(lines)
 
 

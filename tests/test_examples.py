@@ -98,7 +98,7 @@ def test_three_processes_leave_what_one_does_and_one_picture_of_all_tickets(
         steps = [int(row["step"]) for row in rows if row[f"ticket_{ticket}/train_loss"]]
         assert steps == [19, 29], ticket
         assert f"ticket_{ticket}/train_loss".encode() in (offline / f"run-{offline.name[-8:]}.wandb").read_bytes()
-    for heading in ("training cost", "Fréchet distance", "Took "):
+    for heading in ("training cost", "the busiest of 3 processes", "Fréchet distance", "Took "):
         assert run.stdout.count(heading) == 1, heading
     assert "who trains what from step 15 on" in run.stderr
     assert "phase=tickets" in run.stdout + run.stderr
