@@ -1,5 +1,5 @@
 # make demo [ARGS="key=value ..."]   train, switch to tickets and sample on the digits (see README.md)
-# make demo-parallel [ARGS=...]      the same with three processes, a ticket on each (threads=1: on three cores, say)
+# make demo-parallel [ARGS=...]      the same with three processes, a ticket on each
 # make test [ARGS="..."]             the test suite, with its slowest tests; ARGS go to pytest
 # make lint                          ruff (rules and format) and mypy
 # make clean                         remove caches and build output; keeps .venv and runs/
@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits.py $(ARGS)
 
 demo-parallel: $(STAMP)
-	$(BIN)/python examples/digits.py trainer.devices=3 trainer.strategy=multi_ticket threads=1 output=runs/digits-parallel $(ARGS)
+	$(BIN)/python examples/digits.py examples/configs/digits_parallel.yaml $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --durations=15 --durations-min=1 $(ARGS)

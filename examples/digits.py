@@ -3,7 +3,7 @@
     python examples/digits.py                                               # examples/configs/digits.yaml
     python examples/digits.py trainer.max_epochs=40 pruner.overlap=10       # overrides
     python examples/digits.py my_digits.yaml                                # a configuration of your own
-    python examples/digits.py trainer.devices=3 trainer.strategy=multi_ticket threads=1  # tickets side by side
+    python examples/digits.py examples/configs/digits_parallel.yaml         # tickets side by side, a process for each
 
 Ends with tables in the terminal; the ensemble, a grid of samples, two figures and the metrics are in the output folder.
 """
@@ -127,6 +127,10 @@ class PhaseBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         if self.pruner.phase != "search":
             metrics = {name: value for name, value in metrics.items() if not name.startswith("distance/")}
+        if getattr(trainer.strategy, "is_split", False):
+            metrics.pop(
+                "train_loss", None
+            )  # of this process's ticket; the strategy adds a line with that of every ticket
         return {"phase": self.pruner.phase, **metrics}
 
 
@@ -185,6 +189,14 @@ def cost_report(keeper: DenseKeeper, pruner: TimestepAwarePruner, trainer: L.Tra
         f"Together {(search + tickets) * batch_size / (samples * dense):.0%} of the MACs of dense training on as many "
         f"samples ({samples:,.0f}).",
     ]
+    if plan is not None and trainer.world_size > 1:
+        hosted = [plan.assignment.hosted(rank) for rank in range(trainer.world_size)]
+        longest = max(sum(per_batch * plan.steps[k] * facts[k].macs[1] for k in own) for own in hosted)
+        path = switched_at * dense + longest
+        lines.append(
+            f"Critical path, the MACs of the busiest of {trainer.world_size} processes: {path:.2e}, "
+            f"{path / (search + tickets):.0%} of all."
+        )
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
-from lightning_earlybird.parallel.timing import StepClock, pass_seconds
+from lightning_earlybird.parallel.timing import PassSeconds, StepClock, pass_seconds
 from lightning_earlybird.probe import DenoiserCall, check_name
 from lightning_earlybird.regions import RegionLike, TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import (
@@ -177,7 +178,7 @@ class TimestepAwarePruner(pl.Callback):
         self._loss = SwitchLoss()
         self._losses: dict[int, SwitchLoss] = {}  # by ticket, where tickets train apart
         self._unfollow: Callable[[], None] | None = None
-        self._clock = StepClock()
+        self._clock: StepClock | None = None
 
     @property
     def phase(self) -> Literal["search", "tickets"]:
@@ -217,8 +218,9 @@ class TimestepAwarePruner(pl.Callback):
             check_name(pl_module, self.denoiser)
         check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
-        self._clock = StepClock()
+        self._clock = None
         if isinstance(trainer.strategy, MultiTicketStrategy):
+            self._clock = StepClock(trainer.strategy.root_device)
             assert self.directory is not None
             partition = saved_partition(self._saved) if self._saved is not None else self._partition
             assert partition is not None
@@ -238,13 +240,20 @@ class TimestepAwarePruner(pl.Callback):
     ) -> None:
         # Before the batch that follows a check, and not in the hook of the check: validation, checkpoints and early
         # stopping of that step then still see the dense denoiser, whose scores they hold.
-        if self.phase == "search":
-            self._clock.tick()
+        if self._clock is not None:
+            self._clock.batch_begins()
         self._consider_switch(trainer, pl_module)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._look_at_first_step(pl_module)
+        if self._clock is not None:
+            self._clock.backward_begins()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._clock is not None:
+            self._clock.backward_ends()
 
     @override
     def on_before_optimizer_step(
@@ -352,7 +361,7 @@ class TimestepAwarePruner(pl.Callback):
     ) -> None:
         assert detector.found is not None and self.directory is not None
         found = detector.found
-        dense_s = self._pass_seconds(trainer, unwrap(pl_module.get_submodule(found.call.name)), found.call)
+        besides_s = self._besides_seconds(trainer, unwrap(pl_module.get_submodule(found.call.name)), found.call)
         drawn = detector.draw(trainer, pl_module)
         keys = {region: detector.key(region) for region in partition if region.sparsity > 0}
         masks = [drawn[keys[region]] if region in keys else found.plan.full_mask() for region in partition]
@@ -384,7 +393,7 @@ class TimestepAwarePruner(pl.Callback):
             log_figure(trainer, "earlybird/mask_distance", distances, folder=self.directory)
             log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=self.directory)
         log_metrics(trainer, {"earlybird/switch_step": self.switched_at, **ticket_metrics(self.facts)})
-        self._split(trainer, pl_module, self._step_seconds(trainer, ensemble, found.call, dense_s))
+        self._split(trainer, pl_module, self._step_seconds(trainer, ensemble, found.call, besides_s))
 
     def _look_at_first_step(self, pl_module: pl.LightningModule) -> None:
         """As soon as the denoiser is found, and before it learns: do the regions fit, and what are its weights?"""
@@ -442,28 +451,37 @@ class TimestepAwarePruner(pl.Callback):
             measured=measured,
         )
 
-    def _pass_seconds(self, trainer: pl.Trainer, network: nn.Module, call: DenoiserCall) -> float:
-        """Seconds of a forward and backward pass; zero where nobody wants to know."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, MultiTicketStrategy):
+    def _besides_seconds(self, trainer: pl.Trainer, dense: nn.Module, call: DenoiserCall) -> float:
+        """Seconds that a step of the search takes besides the passes through the denoiser; zero if nobody asks.
+
+        They hold data, noise, the optimizer, callbacks: what a ticket's step takes as well.
+        """
+        strategy, clock = trainer.strategy, self._clock
+        self._clock = None  # the search is over
+        if not isinstance(strategy, MultiTicketStrategy) or clock is None or clock.seconds is None:
             return 0.0
-        return pass_seconds(network, call, strategy.root_device, strategy.precision_plugin.train_step_context)
+        # Both as they are at most times on a machine that others use, too, so that their difference holds anywhere.
+        return max(0.0, clock.seconds - statistics.median(self._pass_seconds(strategy, dense, call).forward))
 
     def _step_seconds(
-        self, trainer: pl.Trainer, ensemble: TicketEnsemble, call: DenoiserCall, dense_s: float
+        self, trainer: pl.Trainer, ensemble: TicketEnsemble, call: DenoiserCall, besides_s: float
     ) -> list[float] | None:
-        """Seconds of an optimizer step of each ticket: its passes, and what a dense step took besides its own.
+        """Seconds of an optimizer step of each ticket: its passes, and what a step takes besides.
 
-        The slowest rank's, so that all ranks come to the same plan.
+        The mean over the ranks, so that all come to the same plan; the largest would grow with every rank that was
+        disturbed just then.
         """
         strategy = trainer.strategy
         if not isinstance(strategy, MultiTicketStrategy):
             return None
-        besides = max(0.0, (self._clock.seconds or 0.0) - dense_s)
-        seconds = torch.tensor([self._pass_seconds(trainer, ticket, call) + besides for ticket in ensemble.tickets])
-        slowest = strategy.reduce(seconds.to(strategy.root_device), reduce_op="max") * trainer.accumulate_grad_batches
-        steps: list[float] = slowest.tolist()
+        seconds = [self._pass_seconds(strategy, ticket, call).least + besides_s for ticket in ensemble.tickets]
+        local = torch.tensor(seconds, device=strategy.root_device)
+        steps: list[float] = (strategy.reduce(local, reduce_op="mean") * trainer.accumulate_grad_batches).tolist()
         return steps
+
+    def _pass_seconds(self, strategy: MultiTicketStrategy, network: nn.Module, call: DenoiserCall) -> PassSeconds:
+        strategy.barrier()  # ranks of one machine share it: the same load for every network
+        return pass_seconds(network, call, strategy.root_device, strategy.precision_plugin.train_step_context)
 
     def _write_ensemble(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
@@ -489,6 +507,7 @@ class TimestepAwarePruner(pl.Callback):
                 f"regions={self._partition.to_json()} differ from those of the tickets in {name!r}, "
                 f"{ensemble.partition.to_json()}. Resume with the regions that the tickets were made for."
             )
+        self._clock = None
         if self.detector is not None:
             self.detector.finish()
         if self.switched_at is None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def benchmarks(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A file in ``benchmarks/``, imported as when it is run."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    together = ("structure", "memory", "targets", "reach")
+    together = ("structure", "memory", "targets", "reach", "parallel")
     for each in together:
         monkeypatch.delitem(sys.modules, each, raising=False)
     yield importlib.import_module(name)
@@ -37,6 +37,11 @@ def reach(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.fixture
 def targets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield from benchmarks("targets", monkeypatch)
+
+
+@pytest.fixture
+def parallel(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from benchmarks("parallel", monkeypatch)
 
 
 def test_sparsities_are_met_to_one_percent_on_the_papers_networks_and_a_transformer(targets: ModuleType) -> None:
@@ -144,3 +149,38 @@ def test_a_stale_reach_table_is_refused_with_what_has_changed(
     reach.DOCUMENT.write_text(written.replace("| 320 |", "| 319 |"), encoding="utf-8")
     assert reach.main(["--check"]) == 1
     assert "-| plain U-Net | 13 | 319 |" in capsys.readouterr().out
+
+
+def test_worlds_are_compared_with_what_was_planned_and_with_one_process(parallel: ModuleType) -> None:
+    # Ten steps of 3, 2 and 1 s of passes, and 0.6 s beside them in each step of a process; half of it computed.
+    alone = parallel.Rank((5.0, 50.0), (71.0, 83.0), {0: (30.0, 15.0), 1: (20.0, 10.0), 2: (10.0, 5.0)})
+    first = parallel.Rank((6.0, 0.0), (42.0, 18.0), {0: (30.0, 15.0)})
+    second = parallel.Rank((5.0, 0.0), (41.5, 18.0), {1: (20.0, 10.0), 2: (10.0, 5.0)})
+    planned = (4.0, 2.0, 1.0)
+    found = {1: [parallel.World(10, (alone,), planned)], 2: [parallel.World(10, (first, second), planned)]}
+
+    assert alone.of_tickets(0) == {0: 32.0, 1: 22.0, 2: 12.0}
+    assert found[1][0].step_s(1) == (1.6, 1.1, 0.6)
+    assert found[2][0].wall_s == 37.0
+    assert found[2][0].computed_s == 18.0
+    assert found[2][0].busy == 1.0
+    clock, computed, steps = (table.splitlines() for table in parallel.report(found, cores=1).split("\n\n"))
+    assert clock[2].split() == ["2", "37.0s", "1.78", "40.0s", "1.75", "34.0s", "1.94", "66.0s", "1.00"]
+    assert computed[2].split() == ["2", "18.0s", "1.83", "17.0s", "1.94", "100%"]
+    assert steps[1].split() == ["1", *("4000", "3200", "1600"), *("2000", "2200", "1100"), *("1000", "1200", "600")]
+
+
+@pytest.mark.slow
+def test_every_world_trains_three_tickets_for_their_steps(parallel: ModuleType) -> None:
+    work = parallel.Work(size=8, channels=(16, 16), batch_size=2, steps=5)
+    found = parallel.measure(work, (1, 3), rounds=1)
+
+    assert [[sorted(rank.turns) for rank in worlds[0].ranks] for worlds in found.values()] == [
+        [[0, 1, 2]],
+        [[0], [1], [2]],
+    ]
+    for (world,) in found.values():
+        assert all(0 < seconds < 10 for seconds in (*world.step_s(0), *world.step_s(1), *world.planned_step_s))
+        for rank in world.ranks:
+            assert 0 < sum(seconds for seconds, _ in rank.turns.values()) < rank.seconds(0)
+    assert len(parallel.report(found, cores=2).splitlines()) == 11

@@ -42,12 +42,17 @@ def example() -> ModuleType:
     return module
 
 
+def run_example(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLE), *arguments]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
 @pytest.mark.slow
 def test_a_tiny_run_leaves_every_file_and_both_tables(example: ModuleType, tmp_path: Path) -> None:
-    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLE), *TINY]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_example(tmp_path, *TINY)
 
     output = tmp_path / "runs" / "digits"
     for name in ("samples.png", "mask_distance.png", "mask_overlap.png"):
@@ -73,6 +78,30 @@ def test_a_tiny_run_leaves_every_file_and_both_tables(example: ModuleType, tmp_p
     assert "phase=search" in run.stdout + run.stderr
     assert "phase=tickets" in run.stdout + run.stderr
     assert "distance/0.8=" in run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_three_processes_leave_what_one_does_and_one_picture_of_all_tickets(
+    example: ModuleType, tmp_path: Path
+) -> None:
+    config = EXAMPLE.parent / "configs" / "digits_parallel.yaml"
+    shorter = ["data.batch_size=86", "trainer.max_epochs=-1", "trainer.max_steps=35"]
+    run = run_example(tmp_path, str(config), *TINY, *shorter)
+
+    output = tmp_path / "runs" / "digits-parallel"
+    assert TicketEnsembleSampler.from_pretrained(output / "ensemble").regions
+    assert not (output / "finished").exists()
+    (offline,) = (output / "wandb").glob("offline-run-*")  # one run, of the first process
+    with (output / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for ticket in range(3):
+        steps = [int(row["step"]) for row in rows if row[f"ticket_{ticket}/train_loss"]]
+        assert steps == [19, 29], ticket
+        assert f"ticket_{ticket}/train_loss".encode() in (offline / f"run-{offline.name[-8:]}.wandb").read_bytes()
+    for heading in ("training cost", "the busiest of 3 processes", "Fréchet distance", "Took "):
+        assert run.stdout.count(heading) == 1, heading
+    assert "who trains what from step 15 on" in run.stderr
+    assert "phase=tickets" in run.stdout + run.stderr
 
 
 def test_overrides_reach_the_configuration(example: ModuleType, tmp_path: Path) -> None:
