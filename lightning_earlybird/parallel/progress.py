@@ -45,22 +45,24 @@ class TicketProgress(pl.Callback):
         self._tell = tell
         self._before_end = before_end
         self._pace: float | None = None
-        self._last = (time.monotonic(), began)
+        self._last: tuple[float, int] | None = None  # moment and step of the last measurement
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        then, step = self._last
         now = time.monotonic()
-        if now - then >= INTERVAL_S and trainer.global_step > step:
+        then, step = self._last = self._last or (now, trainer.global_step)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        to_log = bool(every) and trainer.global_step % every == 0
+        due = now - then >= INTERVAL_S or (to_log and self._pace is None)  # a short training, too, has a pace
+        if due and trainer.global_step > step:
             pace = (trainer.global_step - step) / (now - then)
             # Half of the old value: a validation shows for some seconds and is then forgotten.
             self._pace = pace if self._pace is None else 0.5 * (self._pace + pace)
             self._last = now, trainer.global_step
             self._report(trainer.global_step)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._pace is not None and every and trainer.global_step % every == 0:
+        if self._pace is not None and to_log:
             left = {f"ticket_{t}/remaining_seconds": self._remaining(t, trainer.global_step) for t in self._steps}
             log_metrics(trainer, {"steps_per_second": self._pace, **left})
 

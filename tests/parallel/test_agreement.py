@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import Strategy
 from modules import Lit, Mlp, quiet_trainer
 from torch import Tensor
@@ -89,7 +90,7 @@ def points(count: int, seed: int) -> Tensor:
 
 def fit(module: Routed, seed: int, strategy: str | Strategy, batch: int, *callbacks, steps: int = STEPS) -> None:
     trainer = quiet_trainer(*callbacks, strategy=strategy, max_steps=steps)
-    torch.manual_seed(seed)
+    seed_everything(seed, verbose=False)  # DDP goes back to it when it starts
     trainer.fit(module, DataLoader(TensorDataset(points(60 * BATCH, seed=1)), batch, shuffle=True))
 
 

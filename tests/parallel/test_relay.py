@@ -163,14 +163,14 @@ def test_progress_is_told_once_a_second_and_at_the_end_before_anything_else(monk
             now[0] += 0.5
             super().on_train_batch_end(*args)
 
-    fit(Lit(), Clock(), max_steps=4)
+    fit(Lit(), Clock(), max_steps=5)  # the clock starts with the end of the first batch
     first = {"steps_per_second": 2.0, "ended": False}
     assert told[0] == {
-        "0": {"step": 2, "steps": 8, "remaining_s": 3.0, "loss": 0.5} | first,
-        "1": {"step": 2, "steps": None, "remaining_s": None, "loss": 0.25} | first,
+        "0": {"step": 3, "steps": 8, "remaining_s": 2.5, "loss": 0.5} | first,
+        "1": {"step": 3, "steps": None, "remaining_s": None, "loss": 0.25} | first,
     }
     assert len(told) == 3 and ended == [2]
-    assert told[-1]["0"] == {"step": 4, "steps": 4, "ended": True}
+    assert told[-1]["0"] == {"step": 5, "steps": 5, "ended": True}
 
 
 def test_words_become_rarer(monkeypatch):
