@@ -1,6 +1,6 @@
 # make demo [ARGS="key=value ..."]   train, switch to tickets and sample on the digits (see README.md)
 # make demo-parallel [ARGS=...]      the same with three processes, a ticket on each
-# make test [ARGS="..."]             the test suite, with its slowest tests; ARGS go to pytest
+# make test [ARGS="..."]             the test suite, two files at a time, with its slowest tests; ARGS go to pytest
 # make lint                          ruff (rules and format) and mypy
 # make clean                         remove caches and build output; keeps .venv and runs/
 #
@@ -22,7 +22,7 @@ demo-parallel: $(STAMP)
 	$(BIN)/python examples/digits.py examples/configs/digits_parallel.yaml $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --durations=15 --durations-min=1 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 --durations-min=1 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

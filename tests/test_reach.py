@@ -103,6 +103,7 @@ def test_tickets_train_in_all_their_parameters(name: str) -> None:
         losses = []
         for _ in range(3):
             optimizer.zero_grad()
+            torch.manual_seed(0)  # the same labels are dropped at each step
             loss = (given(ticket) - 1.0).square().mean()
             loss.backward()
             optimizer.step()
