@@ -349,11 +349,12 @@ class Outcome:
 
 
 def processes(mark: str) -> list[int]:
-    """Processes of a scenario that still do something."""
+    """Processes of a scenario that still do something; what a scenario has stopped does nothing by itself any more."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone meanwhile; or a zombie, whose environment is empty
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+            stopped = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes() and not stopped:
                 found.append(int(folder.name))
     return found
 
@@ -371,7 +372,13 @@ def play(scenario: Scenario, out: Path, start_s: float = 90.0) -> Outcome:
     command += [__file__, "--rank", str(out), json.dumps(asdict(scenario))]
     with (out / "stderr").open("w") as errors:
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+            # Shells start background jobs with Ctrl-C ignored, and Python would leave it at that.
+            preexec_fn=lambda: signal.signal(INT, signal.SIG_DFL),
         )
     seconds: float | None = None
     try:
@@ -380,10 +387,10 @@ def play(scenario: Scenario, out: Path, start_s: float = 90.0) -> Outcome:
         if isinstance(scenario.damage, int):
             _send(scenario, out, process)
         with contextlib.suppress(TimeoutError):
-            _wait(lambda: process.poll() is not None and not processes(mark), LIMIT_S + 10, "the end")
+            _wait(lambda: not processes(mark), LIMIT_S + 10, "the end")
             seconds = time.monotonic() - began
     finally:
-        for pid in processes(mark):
+        for pid in {process.pid, *processes(mark), *_stopped(scenario, out)}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(10)
@@ -396,6 +403,10 @@ def play(scenario: Scenario, out: Path, start_s: float = 90.0) -> Outcome:
         {rank: _read(out / f"stderr_{rank}") for rank in ranks},
         _read(out / "stderr"),
     )
+
+
+def _stopped(scenario: Scenario, out: Path) -> list[int]:
+    return [int(_read(out / f"pid_{scenario.rank}"))] if scenario.damage == STOP else []
 
 
 def _come(scenario: Scenario, out: Path) -> bool:

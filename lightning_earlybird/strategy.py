@@ -26,6 +26,7 @@ from lightning_earlybird.parallel.assignment import Assignment
 from lightning_earlybird.parallel.budgets import ticket_loads
 from lightning_earlybird.parallel.distress import (
     child_processes,
+    end_children,
     replace_child_observer,
     restore_child_observer,
     save_interrupted,
@@ -40,6 +41,9 @@ from lightning_earlybird.parallel.plan import TicketPlan, plan_tickets
 from lightning_earlybird.parallel.progress import Occasionally, describe_progress
 from lightning_earlybird.parallel.separate import folder_of
 from lightning_earlybird.reporting import log_metrics
+
+GRACE_S = 20.0
+"""Seconds that a rank which does not come to its next batch has to leave, once another one is lost."""
 
 SAVING_S = 30.0
 """Seconds that ranks give each other to save what they have before they leave; torchrun gives as many."""
@@ -112,7 +116,7 @@ class MultiTicketStrategy(DDPStrategy):
         self._liaison: Liaison | None = None
         self._directory: Path | None = None
         self._on_gathered: Callable[[], None] | None = None
-        self._failed = self._incomplete = False
+        self._failed = self._incomplete = self._interrupted = False
         self._to_blame: bool | None = None  # for the exception under way, once that has been told
         self._waiting: list[int] = []  # tickets whose turn on the present batch is still to come
         self._step_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -199,7 +203,7 @@ class MultiTicketStrategy(DDPStrategy):
     @property
     def turn_outputs(self) -> dict[int, STEP_OUTPUT]:
         """Ticket -> what ``training_step`` returned in its turn on the present batch; empty before the switch."""
-        return {} if self._phase is None else self._phase.outputs
+        return {} if self._phase is None else self._phase.turns.outputs
 
     @property
     def is_split(self) -> bool:
@@ -247,6 +251,7 @@ class MultiTicketStrategy(DDPStrategy):
             self.global_rank,
             self.world_size,
             patience_s=self.patience_s,
+            grace_s=GRACE_S,
             # What peers in a collective would wait for at most; ranks that train other tickets are in none.
             stall_s=self._timeout.total_seconds() if self._timeout is not None and self.world_size > 1 else None,
             children=lambda: child_processes(self),
@@ -282,13 +287,12 @@ class MultiTicketStrategy(DDPStrategy):
         if self._phase is None:
             return super().training_step(*args, **kwargs)
         self._step_inputs = args, kwargs
-        self._waiting = self._phase.turns()
-        self._phase.outputs.clear()
+        self._waiting = self._phase.turns.begin_step()
         output: STEP_OUTPUT = None
         while output is None and self._waiting:  # a training_step may skip a batch by returning None
             output = self._take_turn()
         if output is None or not self._module.automatic_optimization:
-            self._phase.end_turn()  # no backward pass will follow
+            self._phase.turns.end()  # no backward pass will follow
         return output
 
     @override
@@ -302,7 +306,7 @@ class MultiTicketStrategy(DDPStrategy):
                 result = ClosureResult.from_training_step_output(output, accumulated)
                 if result.closure_loss is not None:
                     super().backward(result.closure_loss, optimizer, *args, **kwargs)
-            self._phase.end_turn()
+            self._phase.turns.end()
         return loss
 
     def _take_turn(self) -> STEP_OUTPUT:
@@ -310,16 +314,16 @@ class MultiTicketStrategy(DDPStrategy):
         module, ticket = self._module, self._waiting.pop(0)
         # Turns after the first are taken within the backward hook, where Lightning allows no logging.
         hook, module._current_fx_name = module._current_fx_name, "training_step"
-        if self._phase.outputs:
+        if self._phase.turns.outputs:
             # In the first batch of an epoch Lightning forgets what a hook has logged when another has logged since.
             module.trainer._logger_connector._current_fx = "training_step"
         try:
-            with self._phase.turn(ticket):
+            with self._phase.turns.take(ticket):
                 args, kwargs = self._step_inputs
                 output = super().training_step(*args, **kwargs)
         finally:
             module._current_fx_name = hook
-        self._phase.outputs[ticket] = output
+        self._phase.turns.outputs[ticket] = output
         return output
 
     def on_validation_start(self) -> None:
@@ -341,7 +345,7 @@ class MultiTicketStrategy(DDPStrategy):
             return super().validation_step(*args, **kwargs)
         output: STEP_OUTPUT = None
         for ticket in self._phase.hosted:
-            with self._phase.evaluation(ticket):
+            with self._phase.turns.evaluation(ticket):
                 output = super().validation_step(*args, **kwargs)
         return output
 
@@ -383,7 +387,7 @@ class MultiTicketStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        self._failed = True
+        self._failed, self._interrupted = True, isinstance(exception, KeyboardInterrupt)
         liaison = self._liaison
         if liaison is None:
             return
@@ -410,6 +414,8 @@ class MultiTicketStrategy(DDPStrategy):
             stop_by_themselves(self._module.trainer)
             if not self._failed:
                 restore_child_observer(self)
+            elif not self._interrupted:  # else Lightning ends them at once
+                end_children(self, GRACE_S + 2)
         super().teardown()
 
     def _save_interrupted(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -88,6 +89,22 @@ def restore_child_observer(strategy: Any) -> None:
     children = child_processes(strategy)
     if children:
         _launch_process_observer(children)
+
+
+def end_children(strategy: Any, seconds: float) -> None:
+    """End the processes that the launcher has started and that do not leave by themselves: stopped ones, say.
+
+    Args:
+        strategy: The strategy.
+        seconds: How long they have to leave; one that hangs says where before it does.
+    """
+    children = child_processes(strategy)
+    until = time.monotonic() + seconds
+    while any(process.poll() is None for process in children) and time.monotonic() < until:
+        time.sleep(0.1)
+    for process in children:
+        if process.poll() is None:
+            process.kill()
 
 
 def save_interrupted(trainer: pl.Trainer, path: Path) -> None:

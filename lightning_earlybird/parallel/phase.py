@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +15,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from lightning_earlybird.ensemble import TicketEnsemble, Turn
+from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.parallel.budgets import steps_left
 from lightning_earlybird.parallel.groups import RankGroups
 from lightning_earlybird.parallel.hosting import gather_tickets, release_tickets
-from lightning_earlybird.parallel.integer_draws import unlimited_draws
 from lightning_earlybird.parallel.liaison import Liaison
 from lightning_earlybird.parallel.loaders import GroupLoaders, adapt_samplers, reshard
 from lightning_earlybird.parallel.plan import TicketPlan
 from lightning_earlybird.parallel.progress import AllTicketsInBar, TicketProgress, describe_progress
-from lightning_earlybird.parallel.relay import MetricRelay, logged_as
+from lightning_earlybird.parallel.relay import MetricRelay
 from lightning_earlybird.parallel.separate import (
     ClippingByTicket,
     FinishedAverages,
@@ -37,8 +34,7 @@ from lightning_earlybird.parallel.separate import (
     StepLimit,
     folder_of,
 )
-from lightning_earlybird.parallel.timesteps import find_sampler, limited_timesteps
-from lightning_earlybird.parallel.turn_check import TimestepsOutsideError, check_turn
+from lightning_earlybird.parallel.turns import Turns
 from lightning_earlybird.tickets import save_one_ticket
 from lightning_earlybird.transition import averaged_modules, unwrap_ddp
 
@@ -86,14 +82,12 @@ class TicketPhase:
         ensemble = module.get_submodule(name)
         assert isinstance(ensemble, TicketEnsemble)
         self.ensemble = ensemble
-        self.outputs: dict[int, STEP_OUTPUT] = {}
-        """Ticket -> what ``training_step`` returned in its turn on the present batch."""
         self.limits = {ticket: ensemble.regions[ticket].max_steps for ticket in self.hosted}
+        self.turns = Turns(module, ensemble, self.limits, lambda: trainer.global_step - began)
         self._world_sampling = strategy.distributed_sampler_kwargs
         self.in_loader_hook = False
         """Whether a hook is being asked for loaders: ranks are then counted within the group."""
         self._undo: list[Callable[[], None]] = []
-        self._warned_of_evaluation = False
         self._arrived: deque[tuple[int, dict[str, Any]]] = deque()  # messages that are still to be logged
         self.groups = RankGroups(plan.assignment.groups, self.rank, timeout)
 
@@ -133,7 +127,7 @@ class TicketPhase:
         self._undo.append(checkpoints.undo)
         tell = self._liaison.set_status if self.leads else None
         progress = TicketProgress(
-            self.began, steps, lambda: self.outputs, tell, before_end=lambda: checkpoints.save_last(trainer)
+            self.began, steps, lambda: self.turns.outputs, tell, before_end=lambda: checkpoints.save_last(trainer)
         )
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averages = self._averages_that_may_end()
@@ -174,44 +168,6 @@ class TicketPhase:
         finally:
             self.in_loader_hook = False
 
-    def turns(self) -> list[int]:
-        """The tickets that take part in the step that begins now: those that have not had their ``max_steps``."""
-        done = self._trainer.global_step - self.began
-        in_turn = [ticket for ticket, limit in self.limits.items() if limit is None or done < limit]
-        for ticket in set(self.hosted).difference(in_turn):
-            for parameter in self.ensemble.tickets[ticket].parameters():
-                parameter.grad = None  # zeros would do, too, but for weight decay and momentum
-        return in_turn
-
-    @contextmanager
-    def turn(self, ticket: int) -> Iterator[None]:
-        """One ticket trains: timesteps are drawn from its region and overlap, and every sample is its own.
-
-        The ensemble stays the ticket's until :meth:`end_turn`, since checkpointed activations are computed again in
-        the backward pass.
-        """
-        bounds = self.ensemble.partition.training_bounds(ticket)
-        self._give_turn(ticket, lambda timesteps: self._checked(ticket, bounds, timesteps))
-        with self._limited(bounds), logged_as(self._module, ticket, self.hosted):
-            yield
-
-    @contextmanager
-    def evaluation(self, ticket: int) -> Iterator[None]:
-        """One ticket is evaluated: as in :meth:`turn`, without the overlap, and with a warning for other timesteps."""
-        region = self.ensemble.regions[ticket]
-        bounds = region.start, region.stop
-        self._give_turn(ticket, lambda timesteps: self._warned(ticket, bounds, timesteps))
-        try:
-            with self._limited(bounds), logged_as(self._module, ticket, self.hosted):
-                yield
-        finally:
-            self.end_turn()
-
-    def end_turn(self) -> None:
-        """Route by timestep again."""
-        for ensemble in self._ensembles():
-            ensemble.turn = None
-
     def deliver(self, seconds: float = DELIVERY_S) -> None:
         """On rank 0: log what other ranks have sent, for so many seconds; the rest comes the next time.
 
@@ -251,7 +207,7 @@ class TicketPhase:
 
     def close(self) -> None:
         """Undo what was changed in the Trainer, and have the world back; no communication. Again: nothing happens."""
-        self.end_turn()
+        self.turns.end()
         while self._undo:
             self._undo.pop()()
         if self.groups.leave():
@@ -272,44 +228,6 @@ class TicketPhase:
                 "ranks trains its own copy of them, and none is part of the ensemble. Freeze them, or make them a part "
                 "of the denoiser."
             )
-
-    def _give_turn(self, ticket: int, around: Callable[[Any], AbstractContextManager[None]]) -> None:
-        for ensemble in self._ensembles():
-            ensemble.turn = Turn(ticket, around)
-
-    def _ensembles(self) -> list[TicketEnsemble]:
-        """That of the denoiser, and copies that the module averages itself."""
-        return [part for part in self._module.modules() if isinstance(part, TicketEnsemble)]
-
-    def _limited(self, bounds: tuple[float, float]) -> Any:
-        partition = self.ensemble.partition
-        return limited_timesteps(self._module, (partition.start, partition.stop), bounds)
-
-    def _checked(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> AbstractContextManager[None]:
-        partition = self.ensemble.partition
-        check_turn(
-            timesteps,
-            bounds,
-            axis=(partition.start, partition.stop),
-            ticket=ticket,
-            module_name=type(self._module).__name__,
-            has_sampler=find_sampler(self._module) is not None,
-        )
-        return unlimited_draws()
-
-    def _warned(self, ticket: int, bounds: tuple[float, float], timesteps: Any) -> AbstractContextManager[None]:
-        try:
-            return self._checked(ticket, bounds, timesteps)
-        except TimestepsOutsideError as error:
-            if not self._warned_of_evaluation:
-                self._warned_of_evaluation = True
-                warnings.warn(
-                    f"In validation, ticket {ticket} is called for timesteps of others, for which its output means "
-                    f"nothing; what validation logs holds for its own region only where it draws its timesteps there. "
-                    f"{error}",
-                    stacklevel=2,
-                )
-        return unlimited_draws()
 
     def _remove(self, callback: pl.Callback) -> None:
         callbacks: list[pl.Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
