@@ -6,7 +6,7 @@
 #     benchmarks/two_nodes.sh power   the second machine goes down in ticket training
 #     benchmarks/two_nodes.sh cable   the network between the two is cut in ticket training
 #
-# PYTHON chooses the interpreter, OUT where everything is left (a new directory by default).
+# PYTHON chooses the interpreter (.venv/bin/python by default), OUT where everything is left (a new directory by default).
 set -euo pipefail
 case "${1:-}" in end | power | cable) ;; *) sed -n '2,10s/^# \?//p' "$0"; exit 2 ;; esac
 cd "$(dirname "$0")/.."
@@ -41,7 +41,7 @@ for number in 0 1; do
     node=$([ $number = 0 ] && echo a || echo b)
     GLOO_SOCKET_IFNAME="${tag}v" OMP_NUM_THREADS=1 PYTHONPATH=$PWD ip netns exec "$tag$node" \
         unshare --uts --pid --fork --kill-child --mount-proc bash -c 'hostname "$0"; "$@"' "node$number" \
-        "${PYTHON:-python}" -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d \
+        "${PYTHON:-.venv/bin/python}" -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d \
         --rdzv-endpoint=10.77.0.1:29500 --rdzv-id=tickets --rdzv-conf=is_host=$((1 - number)) \
         --local-addr=10.77.0.$((number + 1)) benchmarks/faults.py --rank "$out" "$scenario" \
         >"$out/node$number.log" 2>&1 &
