@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch.utils.data import DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset, Subset
 
 
 def check_loaders(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -29,6 +32,7 @@ def check_loaders(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "training_step(dataloader_iter): MultiTicketStrategy gives each batch to every ticket of a rank, which a "
             "training_step that takes batches by itself does not allow. Let it take `batch`."
         )
+    _check_same_everywhere(trainer)
     combined = trainer.fit_loop._combined_loader
     for loader in combined.flattened if combined is not None else []:
         dataset = getattr(loader, "dataset", None)
@@ -46,6 +50,37 @@ def check_loaders(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 "if at all. After the switch every ticket must see all of them: let its __iter__ go by "
                 "torch.distributed.get_rank() and get_world_size(), which then are those of the ticket's group."
             )
+
+
+def _check_same_everywhere(trainer: pl.Trainer) -> None:
+    """Refuse data sets of which every rank was given a part when it started.
+
+    Loaders that a hook makes are left out: it is asked again for the ranks of the group.
+    """
+    combined = trainer.fit_loop._combined_loader
+    if combined is None or trainer.world_size == 1 or trainer.fit_loop._data_source.is_module():
+        return
+    own = [fingerprint(getattr(loader, "dataset", None)) for loader in combined.flattened]
+    everywhere: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everywhere, own)
+    if any(other != own for other in everywhere):
+        raise MisconfigurationException(
+            f"train_dataloader: its data set differs from rank to rank ({everywhere[0]} on rank 0, "
+            f"{next(other for other in everywhere if other != everywhere[0])} on another one; length, and checksum of "
+            "a Subset's indices), so that after the switch each ticket would see a part of the data only. Give every "
+            "rank the whole data set and leave the splitting to Lightning (use_distributed_sampler=True), or make the "
+            "loader in a train_dataloader hook by trainer.world_size and trainer.global_rank."
+        )
+
+
+def fingerprint(dataset: Any) -> tuple[int | None, int | None]:
+    """What tells parts of a data set from each other: its length, and a checksum of the indices of a ``Subset``.
+
+    Args:
+        dataset: Any data set; None for what cannot be told of it.
+    """
+    length = None if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) else len(dataset)
+    return length, zlib.crc32(np.asarray(dataset.indices).tobytes()) if isinstance(dataset, Subset) else None
 
 
 def reshard(trainer: pl.Trainer, former: dict[str, Any]) -> None:

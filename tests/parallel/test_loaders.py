@@ -10,10 +10,10 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import CombinedLoader
 from modules import Lit, OnStep, fit, loader, quiet_trainer
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, TensorDataset
 
 from lightning_earlybird.parallel.budgets import steps_left
-from lightning_earlybird.parallel.loaders import GroupLoaders, adapt_samplers
+from lightning_earlybird.parallel.loaders import GroupLoaders, adapt_samplers, fingerprint
 from lightning_earlybird.parallel.separate import SchedulerPace
 
 WORLD = {"num_replicas": 4, "rank": 2}
@@ -138,3 +138,13 @@ def test_schedules_by_epochs_and_by_a_metric_are_left_alone(settings):
     for call in range(3):
         module.lr_scheduler_step(scheduler, call)
     assert taken == [0, 1, 2]
+
+
+def test_parts_of_a_data_set_are_told_apart_by_length_and_indices():
+    whole = TensorDataset(torch.zeros(8, 1))
+    assert fingerprint(whole) == fingerprint(TensorDataset(torch.ones(8, 1))) == (8, None)
+    halves = [Subset(whole, range(start, 8, 2)) for start in range(2)]
+    assert fingerprint(halves[0]) == fingerprint(Subset(whole, [0, 2, 4, 6]))
+    assert fingerprint(halves[0])[0] == fingerprint(halves[1])[0] == 4
+    assert fingerprint(halves[0]) != fingerprint(halves[1])
+    assert fingerprint(None) == (None, None)

@@ -4,6 +4,7 @@ Rank 0 trains ticket 0, rank 1 the tickets 1 and 2.
 """
 
 import itertools
+import os
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules import TIMESTEPS, ConvNet, Lit, OnStep, loader, quiet_trainer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from worlds import run
 
 from lightning_earlybird import EarlyBirdDetector, MultiTicketStrategy, TimestepAwarePruner
@@ -123,6 +124,7 @@ def train(out: Path, limited: str, unlimited: str) -> None:
 
     def fit(name: str, module: Any, saved: str, *callbacks: Any, **settings: Any) -> Any:
         settings = {"limit_val_batches": 0, "default_root_dir": out, "assignment": ASSIGNMENT} | settings
+        training = settings.pop("training", None) or data()
         trainer = quiet_trainer(
             TimestepAwarePruner(saved, dirpath=out / name),
             *callbacks,
@@ -133,7 +135,7 @@ def train(out: Path, limited: str, unlimited: str) -> None:
         validation = data(8) if settings["limit_val_batches"] else None
         started = time.time()
         try:
-            trainer.fit(module, data(), validation)
+            trainer.fit(module, training, validation)
             error = ""
         except Exception as problem:  # on every rank, and told apart by the tests
             error = f"{type(problem).__name__}: {problem}"
@@ -206,6 +208,10 @@ def train(out: Path, limited: str, unlimited: str) -> None:
     }.items():
         fit(name, Recording(schedule(make)), unlimited, max_epochs=3, accumulate_grad_batches=4, gradient_clip_val=1e-3)
     fit("refused", Recording(), unlimited, max_epochs=1, assignment=[[0], [1]])
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    part = Subset(data().dataset, range(rank, SAMPLES, 2))
+    training = DataLoader(part, batch_size=4)
+    fit("parts", Recording(), unlimited, max_epochs=1, training=training, use_distributed_sampler=False)
     fit("antithetic", Antithetic(), unlimited, max_epochs=1)
 
 
@@ -323,6 +329,14 @@ def test_an_assignment_that_does_not_fit_is_refused_on_all_ranks_at_once(out):
         assert state["error"].startswith(MisconfigurationException.__name__)
         assert "assignment" in state["error"]
         assert state["seconds"] < 15
+
+
+@pytest.mark.slow
+def test_a_data_set_of_which_each_rank_was_given_a_part_is_refused_on_all_ranks(out):
+    for state in states(out, "parts"):
+        assert state["error"].startswith(MisconfigurationException.__name__)
+        assert "differs from rank to rank" in state["error"] and "Give every rank the whole data set" in state["error"]
+        assert state["steps"] == 0
 
 
 @pytest.mark.slow
