@@ -69,9 +69,27 @@ def stop_together(trainer: pl.Trainer, asked: Callable[[], bool]) -> None:
     trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = agree
 
 
+def look_between_batches(trainer: pl.Trainer, look: Callable[[], None]) -> None:
+    """Have a function called before each training batch is fetched, which may raise.
+
+    In the hooks of a batch's start the data loader has moved on, and its state belongs to no place that a fit could
+    resume from.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.__dict__.pop("advance", None)
+    advance = loop.advance
+
+    def look_and_advance(data_fetcher: Any) -> None:
+        look()
+        advance(data_fetcher)
+
+    loop.__dict__["advance"] = look_and_advance
+
+
 def stop_by_themselves(trainer: pl.Trainer) -> None:
     """Lightning's own way again."""
-    trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+    for name in ("_broadcast_sigterm_tensor", "advance"):
+        trainer.fit_loop.epoch_loop.__dict__.pop(name, None)
 
 
 def replace_child_observer() -> None:
