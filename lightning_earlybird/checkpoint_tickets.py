@@ -65,9 +65,9 @@ def load_tickets(
     missing = sorted(set(range(len(structures[0].shapes))) - set(states))
     if missing:
         raise ValueError(
-            f"path={[str(path) for path in paths]}: the tickets {missing} of {len(structures[0].shapes)} are not there, "
-            "as other ranks trained them under MultiTicketStrategy. Give a checkpoint of each group, "
-            "path=[...], or take the ensemble that the pruner writes at the end, with from_pretrained."
+            f"path={[str(path) for path in paths]}: the tickets {missing} of {len(structures[0].shapes)} are missing. "
+            "Under MultiTicketStrategy other ranks trained them: give a checkpoint of each group, path=[...], or take "
+            "the ensemble that the pruner writes at the end, with from_pretrained."
         )
     complete = replace(
         structures[0],

@@ -59,9 +59,9 @@ def restore_structure(
         return
     if structure.absent and trainer is None:
         raise MisconfigurationException(
-            f"{argument}: the checkpoint lacks the tickets {sorted(structure.absent)} of {len(structure.shapes)}, which "
-            "other ranks trained under MultiTicketStrategy. Load the ensemble that the pruner writes at the end, or "
-            "put the groups' checkpoints together with TicketEnsembleSampler.from_checkpoint([...])."
+            f"{argument}: the checkpoint lacks the tickets {sorted(structure.absent)} of {len(structure.shapes)}, "
+            "which other ranks trained under MultiTicketStrategy. Load the ensemble that the pruner writes at the end, "
+            "or put the groups' checkpoints together with TicketEnsembleSampler.from_checkpoint([...])."
         )
     if present is not None:
         _check_same(argument, present, structure)
