@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning_earlybird.conversion import find_ensemble, forget_training, split
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.saved_structure import CHECKPOINT_KEY, SavedStructure, check_dtypes, write_structure
 from lightning_earlybird.transition import averaged_modules, replace_denoiser, replace_outside_trainer
+
+_OF_TICKET = re.compile(r"(^|\.)tickets\.[0-9]+\.")
 
 
 def save_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -56,6 +59,7 @@ def restore_structure(
                 f"{argument}: the checkpoint was taken before the switch, but {present[0]!r} already holds tickets. "
                 "Build a fresh module and load the checkpoint into that."
             )
+        _refuse_undescribed(argument, module, checkpoint)
         return
     if structure.absent and trainer is None:
         raise MisconfigurationException(
@@ -113,6 +117,21 @@ def follow_checkpoints(trainer: pl.Trainer, module: pl.LightningModule) -> Calla
                 del module.__dict__[name]
 
     return undo
+
+
+def _refuse_undescribed(argument: str, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse tickets that nothing is said of; where names need not match, the module would stay dense in silence."""
+    weights = checkpoint.get("state_dict")
+    names = (
+        [key for key in weights if isinstance(key, str) and _OF_TICKET.search(key)] if isinstance(weights, dict) else []
+    )
+    unknown = sorted(set(names) - set(module.state_dict())) if names else []
+    if unknown:
+        raise MisconfigurationException(
+            f"{argument}: the checkpoint holds tickets ({unknown[0]!r}) that it does not describe: it was saved by a "
+            "Trainer without a TimestepAwarePruner, from a module without TicketCheckpoints. Load an earlier "
+            "checkpoint of the tickets, and then this one's weights with load_state_dict."
+        )
 
 
 def _check_same(argument: str, present: tuple[str, TicketEnsemble], structure: SavedStructure) -> None:
