@@ -251,17 +251,29 @@ def test_layers_that_configure_model_makes_are_there_in_time(plain: Fit) -> None
 def test_a_class_that_the_checkpoint_names_may_have_a_hook_of_its_own(plain: Fit) -> None:
     """LightningCLI's checkpoints name the class below the one that is asked for."""
 
-    class Below(Plain):
+    class Asked(Plain):
+        chosen: type
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().__new__(cls.chosen)
+
+    class Below(Asked):
         def on_load_checkpoint(self, checkpoint):
             self.kind = type(self.model)
 
-    class Chooses(Plain):
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return object.__new__(Below) if cls is Chooses else object.__new__(cls)
-
-    Below.__bases__ = (Chooses,)
-    module = load_from_checkpoint(Chooses, plain.at(8))
+    Asked.chosen = Below
+    module = load_from_checkpoint(Asked, plain.at(8))
     assert type(module) is Below and module.kind is TicketEnsemble
+
+
+@pytest.mark.parametrize("who", ["pruner", "nobody"])
+def test_a_loaded_module_can_be_trained_on(who: str, plain: Fit, tmp_path: Path) -> None:
+    module = load_from_checkpoint(Plain, plain.at(8))
+    found = callbacks(tmp_path) if who == "pruner" else []
+    fit(module, EMAWeightAveraging(decay=0.8), *found, max_epochs=1)
+    assert isinstance(module.model, TicketEnsemble)
+    assert any(not torch.equal(value, plain.weights.averaged[1][name]) for name, value in module.state_dict().items())
+    assert (tmp_path / "tickets" / "ensemble").exists() == (who == "pruner")
 
 
 def test_a_part_of_an_ensemble_is_refused_by_name(plain: Fit, tmp_path: Path) -> None:
