@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -45,10 +46,12 @@ class Continuing(pl.Callback):
         self._ending = UnfinishedEnd()
         self._gathered: list[dict[str, Any]] | None = None
         self._warned_of_gradients = False
+        self._loader_states: list[Any] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._continuation = self._gathered = None
+        self._loader_states = []
         self._ending = UnfinishedEnd()
 
     @override
@@ -78,21 +81,18 @@ class Continuing(pl.Callback):
             )
             state = None
         self._continuation = state
-        self._ending.look_at(checkpoint["loops"]["fit_loop"])
+        loops = checkpoint["loops"]["fit_loop"]
+        self._ending.look_at(loops)
+        self._loader_states = loops["state_dict"].pop("combined_loader", [])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fit_loop = trainer.fit_loop
         no_more_batches = self._ending.go_on(trainer)
-        if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
-            # Loaders that were set up before the loops were restored, as asking for `estimated_stepping_batches` in
-            # `configure_optimizers` does, have not been told where they were.
-            fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
-            fit_loop._combined_loader_states_to_load = []
-            assert fit_loop._data_fetcher is not None
-            iter(fit_loop._data_fetcher)
         state, self._continuation = self._continuation, None
         own = None if state is None else self._own(trainer, state["ranks"])
+        if state is None or len(state["ranks"]) == trainer.world_size:  # else the data were shared out otherwise
+            self._restore_loaders(trainer, no_more_batches or not fit_loop.restarted_mid_epoch)
         if state is None or own is None:
             return
         restore_newest(trainer, own["means"])
@@ -140,6 +140,30 @@ class Continuing(pl.Callback):
     def _acts(self, trainer: pl.Trainer) -> bool:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return next((each for each in callbacks if isinstance(each, Continuing)), None) is self
+
+    def _restore_loaders(self, trainer: pl.Trainer, at_end: bool) -> None:
+        """Tell stateful loaders where they were.
+
+        Lightning would do so when it sets loaders up: before it has told samplers the epoch, whose order they then
+        miss, and not at all where asking for ``estimated_stepping_batches`` has set up the loaders earlier.
+
+        Args:
+            trainer: The Trainer of the fit.
+            at_end: Whether all batches of the epoch had been taken.
+        """
+        states, self._loader_states = self._loader_states, []
+        fit_loop = trainer.fit_loop
+        loaders, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
+        if not states or loaders is None or fetcher is None:
+            return
+        for loader in loaders.flattened:
+            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        loaders._load_state_dicts(states)
+        iter(fetcher)
+        # At its end some loaders give nothing, and the next epoch begins when they are iterated anew; others have begun
+        # it, and are told again for the first batch not to be missed.
+        if at_end and next(fetcher, None) is not None:
+            loaders._load_state_dicts(states)
 
     def _gather(self, trainer: pl.Trainer, together: bool | None = None) -> list[dict[str, Any]]:
         """What every rank has under way; after an exception, when others may not answer, only this rank's."""

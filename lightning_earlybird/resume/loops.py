@@ -46,7 +46,9 @@ class UnfinishedEnd:
         if not self._of_batch:
             return at_end
         self._of_batch = False
-        if trainer.limit_val_batches and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if trainer.limit_val_batches and loop._should_check_val_fx(fetcher):
             # The stage at which it goes back to a validation; that starts from its first batch.
             loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
             loop.val_loop._restarting = False
@@ -68,11 +70,14 @@ class UnfinishedEnd:
     def finish_epoch(self, trainer: pl.Trainer) -> None:
         """Do what comes after the hooks of ``on_train_epoch_end``; its metrics must be known again."""
         loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+        epochs = trainer.fit_loop.epoch_progress.current
+        epochs.completed -= 1  # what is logged now bears the number of that epoch
         connector.on_epoch_end()
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         loop._batches_that_stepped -= 1  # the epoch's means belong to its last step
         connector.update_train_epoch_metrics()
         loop._batches_that_stepped += 1
+        epochs.completed += 1
 
 
 def _is_ending(total: dict[str, int]) -> bool:
