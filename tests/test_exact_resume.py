@@ -1,5 +1,6 @@
 """A fit that goes on from a checkpoint ends where it would have ended without the interruption, to the last bit."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,24 @@ def test_a_checkpoint_of_another_version_of_the_continuation_is_read_without_it(
     torch.save(checkpoint, path)
     with pytest.warns(UserWarning, match="random states have format version 2, and this lightning-earlybird reads 1"):
         trainer, _ = train(tmp_path / "again", ckpt_path=path, stateful=False)
+    assert trainer.global_step == 24
+
+
+def test_what_no_longer_fits_is_left_out_and_said(tmp_path: Path) -> None:
+    train(tmp_path / "whole", ["batch-8"])
+    path = tmp_path / "whole" / "batch-8.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (own,) = checkpoint[CONTINUATION_KEY]["ranks"]
+    own["random"]["torch"] = own["random"]["torch"][:100]
+    own["means"]["results"]["training_step.mean"]["attribute"] = "renamed"
+    checkpoint[CONTINUATION_KEY]["gradients"] = {"model.gone": torch.zeros(1)}
+    torch.save(checkpoint, path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer, _ = train(tmp_path / "again", ckpt_path=path)
+    said = "".join(str(warning.message) for warning in caught)
+    for what in ("random states", "metric objects", "pending gradients"):
+        assert f"ckpt_path: the {what} of the checkpoint cannot be restored (" in said
     assert trainer.global_step == 24
 
 

@@ -74,10 +74,12 @@ class Continuing(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING or not self._acts(trainer):
             return
         state = checkpoint.get(CONTINUATION_KEY)
-        if state is not None and state["format_version"] != CONTINUATION_VERSION:
+        known = isinstance(state, dict) and isinstance(state.get("ranks"), list)
+        version = state.get("format_version") if known else None
+        if state is not None and version != CONTINUATION_VERSION:
             rank_zero_warn(
-                f"ckpt_path: its random states have format version {state['format_version']!r}, and this "
-                f"lightning-earlybird reads {CONTINUATION_VERSION}. Training goes on with other random numbers."
+                f"ckpt_path: its random states have format version {version!r}, and this lightning-earlybird reads "
+                f"{CONTINUATION_VERSION}. Training goes on with other random numbers."
             )
             state = None
         self._continuation = state
@@ -95,25 +97,24 @@ class Continuing(pl.Callback):
             self._restore_loaders(trainer, no_more_batches or not fit_loop.restarted_mid_epoch)
         if state is None or own is None:
             return
-        restore_newest(trainer, own["means"])
-        restore_metric_objects(trainer, own["means"])
+        attempt("newest metrics", restore_newest, trainer, own)
+        attempt("metric objects", restore_metric_objects, trainer, own)
         within, of_epoch = fit_loop.restarted_mid_epoch, self._ending.of_epoch
 
         def before_epoch() -> None:
             if of_epoch:
-                restore_epoch_means(trainer, own["means"])
+                attempt("epoch's means", restore_epoch_means, trainer, own)
                 self._ending.finish_epoch(trainer)
             # Before the hooks of the new epoch; its batches are then drawn anew, since they were drawn before.
-            restore_random_states(trainer, own["random"])
+            attempt("random states", restore_random_states, trainer, own)
 
         def before_batch(data_fetcher: Any) -> None:
             fit_loop._restarting = False  # plateau schedules go by metrics, which are known again
-            (restore_epoch_means if no_more_batches else take_up_epoch_means)(trainer, own["means"])
-            named = dict(pl_module.named_parameters())
-            for name, gradient in state["gradients"].items():
-                named[name].grad = gradient.to(named[name].device, copy=True)
+            take_up = restore_epoch_means if no_more_batches else take_up_epoch_means
+            attempt("epoch's means", take_up, trainer, own)
+            attempt("pending gradients", restore_gradients, trainer, state)
             # Last: what came before may have drawn numbers.
-            restore_random_states(trainer, own["random"])
+            attempt("random states", restore_random_states, trainer, own)
 
         if within:
             once(fit_loop.epoch_loop, "on_run_start", before_batch)
@@ -209,6 +210,27 @@ class Continuing(pl.Callback):
             for name, parameter in module.named_parameters()
             if parameter.grad is not None
         }
+
+
+def attempt(what: str, restore: Callable[[pl.Trainer, Any], None], trainer: pl.Trainer, state: Any) -> None:
+    """Restore a part of what was under way; where that fails, training goes on without it, and says so.
+
+    Modules, metrics and libraries may have changed since the checkpoint was written.
+    """
+    try:
+        restore(trainer, state)
+    except Exception as error:
+        rank_zero_warn(
+            f"ckpt_path: the {what} of the checkpoint cannot be restored ({type(error).__name__}: {error}). Training "
+            "goes on without them, and will not end exactly where the interrupted fit would have ended."
+        )
+
+
+def restore_gradients(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    """Gradients that wait for more batches before the optimizer steps."""
+    named = dict(trainer.lightning_module.named_parameters())
+    for name, gradient in state["gradients"].items():
+        named[name].grad = gradient.to(named[name].device, copy=True)
 
 
 def once(loop: Any, name: str, before: Callable[..., Any]) -> None:

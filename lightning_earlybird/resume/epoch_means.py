@@ -51,16 +51,16 @@ def capture_epoch_means(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def restore_newest(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+def restore_newest(trainer: pl.Trainer, own: dict[str, Any]) -> None:
     """The newest values of all metrics are known again; for ``on_train_start``."""
-    for name, values in state["newest"].items():
+    for name, values in own["means"]["newest"].items():
         moved = {key: _moved(value, trainer.strategy.root_device) for key, value in values.items()}
         getattr(trainer._logger_connector, name).update(moved)
 
 
-def restore_metric_objects(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+def restore_metric_objects(trainer: pl.Trainer, own: dict[str, Any]) -> None:
     """Metric objects of the module, which are updated before they are logged, have their sums again."""
-    for saved in state["results"].values():
+    for saved in own["means"]["results"].values():
         if "attribute" in saved:
             metric = trainer.lightning_module.get_submodule(saved["attribute"])
             assert isinstance(metric, Metric)
@@ -69,12 +69,12 @@ def restore_metric_objects(trainer: pl.Trainer, state: dict[str, Any]) -> None:
             metric._update_count, metric._computed = saved["updates"], None
 
 
-def take_up_epoch_means(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+def take_up_epoch_means(trainer: pl.Trainer, own: dict[str, Any]) -> None:
     """The means of the epoch under way go on; to be called before its next batch.
 
     A sum is taken up when its metric is logged again, since Lightning makes the place for it only then.
     """
-    sums = {key: saved for key, saved in state["results"].items() if "value" in saved}
+    sums = {key: saved for key, saved in own["means"]["results"].items() if "value" in saved}
     results = trainer.fit_loop.epoch_loop._results
     update = results.update_metrics
 
@@ -90,9 +90,9 @@ def take_up_epoch_means(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     trainer._logger_connector._first_loop_iter = False
 
 
-def restore_epoch_means(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+def restore_epoch_means(trainer: pl.Trainer, own: dict[str, Any]) -> None:
     """All means of an epoch that has no more batches, for its end to log them."""
-    for key, saved in state["results"].items():
+    for key, saved in own["means"]["results"].items():
         meta = _Metadata(**{name: saved[name] for name in _PLAIN}, reduce_fx=getattr(torch, saved["reduce"]))
         meta.metric_attribute = saved.get("attribute")
         meta.sync = _Sync(_should=saved["sync"], fn=trainer.strategy.reduce, rank_zero_only=saved["rank_zero_only"])

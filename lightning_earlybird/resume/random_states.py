@@ -32,11 +32,12 @@ def capture_random_states(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def restore_random_states(trainer: pl.Trainer, states: dict[str, Any]) -> None:
-    """Inverse of :func:`capture_random_states`.
+def restore_random_states(trainer: pl.Trainer, own: dict[str, Any]) -> None:
+    """Inverse of :func:`capture_random_states`, whose result is under ``random``.
 
     Where the device is of another kind, or the data have other generators, these are left as they are.
     """
+    states = own["random"]
     torch.set_rng_state(states["torch"])
     device = trainer.strategy.root_device
     if states["device"] is not None and states["device"][0] == device.type:
