@@ -73,9 +73,9 @@ class Continuing(pl.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not self._acts(trainer):
             return
-        state = checkpoint.get(CONTINUATION_KEY)
+        state: Any = checkpoint.get(CONTINUATION_KEY)
         known = isinstance(state, dict) and isinstance(state.get("ranks"), list)
-        version = state.get("format_version") if known else None
+        version = state["format_version"] if known and "format_version" in state else None
         if state is not None and version != CONTINUATION_VERSION:
             rank_zero_warn(
                 f"ckpt_path: its random states have format version {version!r}, and this lightning-earlybird reads "
