@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
 from lightning_earlybird.budget import Allocation, Heads, Scope, Target
+from lightning_earlybird.checkpoint_io import write_whole_checkpoints
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
@@ -194,6 +195,7 @@ class TimestepAwarePruner(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
+        write_whole_checkpoints(trainer)
         if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
             self._saved_settings, self._losses = {}, {}
