@@ -180,6 +180,7 @@ class TimestepAwarePruner(pl.Callback):
         self._losses: dict[int, SwitchLoss] = {}  # by ticket, where tickets train apart
         self._unfollow: Callable[[], None] | None = None
         self._clock: StepClock | None = None
+        self._trained = False
 
     @property
     def phase(self) -> Literal["search", "tickets"]:
@@ -221,6 +222,7 @@ class TimestepAwarePruner(pl.Callback):
         check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
         self._clock = None
+        self._trained = False
         if isinstance(trainer.strategy, MultiTicketStrategy):
             self._clock = StepClock(trainer.strategy.root_device)
             assert self.directory is not None
@@ -230,6 +232,7 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._trained = True
         present = find_ensemble(pl_module)
         if present is None and self._saved is not None:
             self._take_saved(trainer, pl_module, self._saved)
@@ -291,6 +294,15 @@ class TimestepAwarePruner(pl.Callback):
                 f"TimestepAwarePruner: the fit ended during the search, the denoiser is still dense ({progress}). "
                 "Train longer, check more often, raise threshold, or set max_search_steps."
             )
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Resumed from the checkpoint of its last step a fit has nothing to train, and Lightning calls none of the hooks
+        # above; yet the process that came to that step may have been stopped before it wrote the ensemble.
+        together = not isinstance(trainer.strategy, MultiTicketStrategy)
+        if not self._trained and together and trainer.ckpt_path is not None and find_ensemble(pl_module) is not None:
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     @override
     def on_save_checkpoint(
