@@ -288,7 +288,9 @@ def checkpoint_to_resume(resume: bool | str, last: Path) -> Path | None:
     """The checkpoint that ``resume`` means: true stands for the last one of the output folder, if there is one."""
     if isinstance(resume, str):
         if not Path(resume).is_file():
-            sys.exit(f"digits.py: resume={resume} must be true, false or the path of a checkpoint; there is no such file.")
+            sys.exit(
+                f"digits.py: resume={resume} must be true, false or the path of a checkpoint; there is no such file."
+            )
         return Path(resume)
     if not resume:
         # A run that starts anew must not be resumed from one that was here before, should it be killed early.
@@ -376,5 +378,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory")
+    warnings.filterwarnings(
+        "ignore", message=".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
+    )
     main(sys.argv[1:])

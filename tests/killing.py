@@ -41,7 +41,8 @@ def _forked(action: Callable[[], object], prepare: Callable[[], None]) -> int:
 def killed_before(act: int, action: Callable[[], object]) -> bool:
     """Runs ``action`` in a copy of this process, which is killed right before its ``act``-th act upon files.
 
-    Acts are opening for writing, renaming, removing, making a directory, and waiting for the disk. SIGKILL: nothing is cleaned up.
+    Acts are opening for writing, renaming, removing, making a directory, and waiting for the disk. It is SIGKILL that
+    kills, so that nothing is cleaned up.
 
     Returns:
         Whether it was killed: False if there are fewer acts than that.

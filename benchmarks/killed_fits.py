@@ -1,6 +1,6 @@
 """Kills a small fit before one act upon files, resumes it, and compares what it comes to with a fit left alone.
 
-    python tests/killed_fits.py [--every N] [--first K]
+    python benchmarks/killed_fits.py [--every N] [--first K]
 
 The fit searches, switches, trains tickets, and writes a checkpoint after each epoch. It is run in a copy of this
 process, which has imported everything but trained nothing, so that a kill costs half a second and no start of Python.
@@ -17,16 +17,19 @@ import warnings
 from pathlib import Path
 
 import torch
-from killing import differences, files, killed_before
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from modules import REGIONS, Lit, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_earlybird import TimestepAwarePruner
-from lightning_earlybird.durable import settle
-from lightning_earlybird.tickets import load_ensemble
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
+
+from killing import differences, files, killed_before  # noqa: E402 -- shared with the tests
+from modules import REGIONS, Lit, quiet_trainer  # noqa: E402
+
+from lightning_earlybird import TimestepAwarePruner  # noqa: E402
+from lightning_earlybird.durable import settle  # noqa: E402
+from lightning_earlybird.tickets import load_ensemble  # noqa: E402
 
 EPOCHS = 5
 
@@ -74,7 +77,6 @@ def compare(whole: Path, resumed: Path) -> list[str]:
         states.append(state)
     found = differences(*states)
     for name in ("switch", "ensemble"):
-        # Time in which a network is built is no part of it.
         found += differences(files(whole / name), files(resumed / name), place=name)
     return found + [f"left aside: {path}" for path in resumed.rglob(".*")]
 
