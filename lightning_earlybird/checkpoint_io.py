@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_earlybird.durable import file_written_aside
@@ -62,3 +63,9 @@ def write_whole_checkpoints(trainer: pl.Trainer) -> None:
             # Its setter takes none but the first.
             plugin._checkpoint_io = WholeFileCheckpointIO()
         plugin = inner
+    if any(getattr(callback, "save_last", None) == "link" for callback in trainer.checkpoint_callbacks):
+        rank_zero_warn(
+            "ModelCheckpoint(save_last='link'): Lightning removes the file that the link leads to before it makes the "
+            "new link. A process that is killed between leaves no last checkpoint, and fit(ckpt_path='last') would "
+            "start from the beginning. Use save_last=True, which writes a file of its own."
+        )

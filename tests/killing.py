@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ACTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir"})
+ACTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"})
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 

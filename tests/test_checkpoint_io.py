@@ -12,7 +12,8 @@ from killing import killed_before, killed_in_writing
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from modules import Lit, fit
+from lightning.pytorch.trainer.states import TrainerFn
+from modules import Lit, fit, loader, quiet_trainer
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.checkpoint_io import WholeFileCheckpointIO
@@ -137,3 +138,33 @@ def test_a_link_to_a_checkpoint_is_replaced_and_what_it_leads_to_stays(tmp_path:
     save(tmp_path / "last.ckpt", 2.0)
     assert saved_value(tmp_path / "epoch=1.ckpt") == 1.0
     assert saved_value(tmp_path / "last.ckpt") == 2.0
+
+
+def test_a_last_checkpoint_that_is_a_link_is_warned_about(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path / "checkpoints", save_last="link")
+    with pytest.warns(UserWarning, match=r"save_last='link'.*leaves no last checkpoint.*Use save_last=True"):
+        fit(Lit(), EarlyBirdDetector([0.5]), saving, batches=2, max_epochs=1, enable_checkpointing=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are killed by signals")
+def test_there_is_a_last_checkpoint_whenever_the_process_is_killed_between_the_best_and_the_last(
+    tmp_path: Path,
+) -> None:
+    saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=1)
+    trainer = quiet_trainer(EarlyBirdDetector([0.5]), saving, max_epochs=1, enable_checkpointing=True)
+    module = Lit()
+    trainer.fit(module, loader(module, 2), loader(module, 2))
+    # What ModelCheckpoint does after each epoch: a new best file, the old best one removed, then the last.
+    trainer.state.fn = TrainerFn.FITTING
+    act, killed = 0, True
+    while killed:
+
+        def step() -> None:
+            saving._save_none_monitor_checkpoint(trainer, {"epoch": torch.tensor(5), "step": torch.tensor(9)})
+            saving._save_last_checkpoint(trainer, {})
+
+        killed = killed_before(act, step)
+        (last,) = tmp_path.glob("last*.ckpt")
+        assert torch.load(last, weights_only=True)["global_step"] == 2
+        act += 1
+    assert act > 10
