@@ -175,7 +175,7 @@ class Killer:
         switch: Optimizer step of the switch in the undisturbed run.
         steps: All optimizer steps of it.
         epoch: Optimizer steps of an epoch.
-        seconds: What the undisturbed run took.
+        seconds: What the training took in it.
     """
 
     def __init__(self, demo: Demo, kills: int, seed: int, switch: int, steps: int, epoch: int, seconds: float) -> None:
@@ -187,7 +187,7 @@ class Killer:
     def choose(self, step: int) -> str:
         """What to wait for: a kill at the switch needs the process to come there, one at the end needs the end."""
         left = self.kills - len(self.done)
-        if left <= 4:
+        if left <= 4 or step == self.steps:
             return ("sampling", "ensemble")[left % 2]
         at_switch = sum(kill.wanted == "tickets" for kill in self.done)
         # Kills are spread over the training: those behind the switch must not be eaten up before it.
@@ -204,7 +204,7 @@ class Killer:
         epoch_s = self.seconds * self.epoch / self.steps
         span_s = self.random.uniform(0, 2 * epochs * epoch_s)
         wait_s = self.random.uniform(0, 8)
-        writes = self.random.randint(1, max(1, round(2 * epochs)))
+        writes = self.random.randint(1, min(max(1, round(2 * epochs)), (self.steps - step) // self.epoch or 1))
         delay_s = self.random.uniform(0, 0.02)
         trained_s, seen = 0.0, False
         while process.poll() is None:
@@ -282,16 +282,17 @@ def main() -> int:
         if not settings.exists() or settings.read_text().splitlines()[1:] != overrides:
             seconds = whole.finish()
             settings.write_text("\n".join([str(seconds), *overrides]))
-        seconds = float(settings.read_text().splitlines()[0])
         end = torch.load(whole.last, weights_only=True)
         switch = end["callbacks"]["TimestepAwarePruner"]["switched_at"]
         epochs, steps = end["epoch"] + 1, end["global_step"]
+        trained_s = end["callbacks"]["DenseKeeper"]["seconds"]
         print(
-            f"Undisturbed: {steps} steps in {epochs} epochs, switch at step {switch}, {seconds:.0f} s.\n\n"
+            f"Undisturbed: {steps} steps in {epochs} epochs, switch at step {switch}; {trained_s:.0f} s of training, "
+            f"{float(settings.read_text().splitlines()[0]):.0f} s in all.\n\n"
             "| kill | moment | s after start | resumed from step | left step | being written |\n|--|--|--|--|--|--|",
             flush=True,
         )
-        killer = Killer(killed, options.kills, options.seed, switch, steps, steps // epochs, seconds)
+        killer = Killer(killed, options.kills, options.seed, switch, steps, steps // epochs, trained_s)
         began = time.monotonic()
         while len(killer.done) < options.kills and killer.kill():
             pass

@@ -150,8 +150,8 @@ class LogKeeper(Callback):
     def state_dict(self) -> dict[str, Any]:
         # Only the first process logs, and its checkpoint counts.
         path = Path(self.logger.log_dir, "metrics.csv")
-        rows = list(csv.DictReader(path.open())) if rank_zero_only.rank == 0 and path.exists() else []
-        return {"rows": rows, "wandb_id": self.wandb_id}
+        lines = path.read_text().splitlines() if rank_zero_only.rank == 0 and path.exists() else []
+        return {"rows": list(csv.DictReader(lines)), "wandb_id": self.wandb_id}
 
     @rank_zero_only
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
