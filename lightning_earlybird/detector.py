@@ -23,6 +23,7 @@ from lightning_earlybird.arguments import (
     plain_settings,
 )
 from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
+from lightning_earlybird.checkpoint_io import write_whole_checkpoints
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
@@ -244,6 +245,7 @@ class EarlyBirdDetector(Continuing):
         if not self._fitting:
             return
         check_supported(trainer, pl_module)
+        write_whole_checkpoints(trainer)
         if self._scorer.gradients is not None:
             self._scorer.gradients.check(pl_module)
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from lightning_earlybird.arguments import (
     plain_settings,
 )
 from lightning_earlybird.budget import Allocation, Heads, Scope, Target
+from lightning_earlybird.checkpoint_io import write_whole_checkpoints
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
@@ -203,6 +204,7 @@ class TimestepAwarePruner(Continuing):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
+        write_whole_checkpoints(trainer)
         if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
             self._saved_settings, self._losses = {}, {}
@@ -305,9 +307,12 @@ class TimestepAwarePruner(Continuing):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Resumed from a checkpoint of the last step, a fit ends before it begins: nothing is left to train, but the
         # ensemble may be missing if the process was killed before it was written.
-        missing = not self._ended and trainer.fit_loop.done and find_ensemble(pl_module) is not None
-        if missing and not isinstance(trainer.strategy, MultiTicketStrategy):
-            self._write_ensemble(trainer, pl_module)
+        present = find_ensemble(pl_module)
+        if isinstance(trainer.strategy, MultiTicketStrategy) or self._ended or present is None:
+            return
+        if trainer.fit_loop.done:
+            self._resume(trainer, *present)
+            self.on_train_end(trainer, pl_module)
 
     @override
     def on_save_checkpoint(
