@@ -1,18 +1,14 @@
-"""Files that nobody vouches for: JSON read with the place of every fault, directories written whole or not at all."""
+"""Files that nobody vouches for: JSON read with the place of every fault."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
 import re
 import reprlib
-import shutil
 import stat
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -176,54 +172,6 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def written_aside(directory: Path) -> Iterator[Path]:
-    """Gives an empty directory to write into, which takes the place of ``directory`` if and only if the block succeeds.
-
-    It lies in the same parent, so that the last step is a rename; what was there before is removed after that.
-
-    Args:
-        directory: Where the files are to appear. Whether it may be replaced is the caller's decision.
-
-    Yields:
-        The directory to write into.
-    """
-    target = directory.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:12]
-    aside = target.parent / f".{target.name}.{token}.partial"
-    former = target.parent / f".{target.name}.{token}.former"
-    aside.mkdir()
-    try:
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if target.exists():
-            target.rename(former)
-        try:
-            aside.rename(target)
-        except OSError:
-            if former.exists():
-                former.rename(target)
-            raise
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    if former.exists():
-        shutil.rmtree(former, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a directory's list of files, is on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -16,15 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_earlybird.compilation import unwrap
+from lightning_earlybird.durable import settle, written_aside
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
-from lightning_earlybird.files import (
-    EnsembleFormatError,
-    Field,
-    is_plain_file,
-    read_json,
-    sha256_of,
-    written_aside,
-)
+from lightning_earlybird.files import EnsembleFormatError, Field, is_plain_file, read_json, sha256_of
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.records import (
     Edits,
@@ -74,6 +68,7 @@ def check_target(directory: str | os.PathLike[str]) -> None:
         FileExistsError: If something is there that is neither an empty directory nor a saved ensemble and nothing else.
     """
     folder = Path(directory)
+    settle(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     remedy = "choose another directory, or remove what is there"
@@ -291,6 +286,7 @@ def saved_partition(directory: str | os.PathLike[str]) -> TimestepPartition:
 
 
 def _read_index(folder: Path) -> Field:
+    settle(folder)
     index = read_json(folder / INDEX_FILE)
     if index["format"].text() != FORMAT:
         index["format"].fail(f"is {index['format'].value!r}, expected {FORMAT!r}; this is something else.")
