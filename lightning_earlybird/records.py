@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.files import Field
@@ -214,20 +215,23 @@ def build_dense(factory: Callable[[], nn.Module] | None, field: Field) -> nn.Mod
     return built
 
 
-def sketch_dense(field: Field, num_tensors: int) -> nn.Module:
+def sketch_dense(field: Field, num_tensors: int) -> tuple[nn.Module, int]:
     """The dense network of a description on the meta device: its names and shapes, at no cost in memory.
 
     Args:
         field: Where the description was read.
         num_tensors: How many tensors a ticket of it has; a network of many more is given up while it is being built.
 
+    Returns:
+        The network; how many bytes its constructor would take on another device, whatever for.
+
     Raises:
         EnsembleFormatError: As for :func:`build_dense`, or if the network is far from having so few tensors.
     """
     # Modules count as well, and constructors may replace what they have built: 3.6 times as many as tensors is the most
     # that a model of diffusers 0.42 has.
-    with torch.device("meta"), _no_more_parts(16 * num_tensors + 1000):
-        return build_dense(None, field)
+    with torch.device("meta"), _no_more_parts(16 * num_tensors + 1000), _CountedBytes() as taken:
+        return build_dense(None, field), taken.total
 
 
 def read_denoiser(field: Field) -> dict[str, Any]:
@@ -320,6 +324,20 @@ def _check_settings(config: Any) -> None:
                 f"a setting is above {_LARGEST_SETTING:,}; pass denoiser=, a function that builds the dense network, "
                 "if that is meant"
             )
+
+
+class _CountedBytes(TorchDispatchMode):
+    """Adds up the sizes of all tensors that are made; not only parameters and buffers need memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not any(result is each for each in args):
+            self.total += result.nbytes
+        return result
 
 
 class _TooManyPartsError(Exception):

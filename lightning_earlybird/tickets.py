@@ -253,16 +253,10 @@ def _rehearse(
     description: Field, states: Sequence[Mapping[str, Tensor]], edits: Sequence[Edits], entries: Sequence[Field]
 ) -> None:
     """Goes through with it on the meta device, so that a network that cannot become the tickets costs no memory."""
-    sketch = sketch_dense(description, max(len(state) for state in states))
+    sketch, needed = sketch_dense(description, max(len(state) for state in states))
     for state, each, entry in zip(states, edits, entries, strict=True):
         _resized(copy.deepcopy(sketch), state, each, entry)
-    stored, needed = (
-        sum(tensor.nbytes for tensor in tensors)
-        for tensors in (
-            [tensor for state in states for tensor in state.values()],
-            [*sketch.parameters(), *sketch.buffers()],
-        )
-    )
+    stored = sum(tensor.nbytes for state in states for tensor in state.values())
     if needed > max(_ALWAYS_BUILT_BYTES, _LARGEST_GROWTH * stored):
         description.fail(
             f"builds a network of {needed:,} bytes for tickets of {stored:,} bytes; if that is meant, pass denoiser=, "
@@ -310,6 +304,8 @@ def _read_masks(index: Field, entries: Sequence[Field], folder: Path) -> tuple[T
     for number, entry in enumerate(entries):
         # The order of the groups is kept in the index: safetensors sorts its tensors.
         names = [name.text() for name in entry["groups"].elements()]
+        if len(set(names)) < len(names):
+            entry["groups"].fail("names a group twice.")
         if missing := [name for name in names if f"{number}/{name}" not in tensors]:
             entry["groups"].fail(f"names groups without a mask in {MASKS_FILE!r}: {missing}.")
         kept = {name: tensors.pop(f"{number}/{name}") for name in names}
