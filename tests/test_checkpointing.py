@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules import REGIONS, ConvNet, Lit, Mlp, Repeatable, fit, loader, quiet_trainer
 from torch import Tensor, nn
 
-from lightning_earlybird import EarlyBirdDetector, TicketEnsemble, TimestepAwarePruner
-from lightning_earlybird.checkpointing import CHECKPOINT_KEY
+from lightning_earlybird import EarlyBirdDetector, EnsembleFormatError, TicketEnsemble, TimestepAwarePruner
+from lightning_earlybird.saved_structure import CHECKPOINT_KEY
 from lightning_earlybird.structure import RaggedGroupNorm
 from lightning_earlybird.transition import averaged_modules
 
@@ -143,7 +143,7 @@ def test_a_checkpoint_loads_without_unpickling(tmp_path: Path) -> None:
         checkpoint = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
         assert (CHECKPOINT_KEY in checkpoint) == (epoch == 1)
     structure = checkpoint[CHECKPOINT_KEY]
-    assert structure["format_version"] == 1 and structure["denoiser"] == "model"
+    assert structure["format_version"] == 2 and structure["denoiser"] == "model"
     assert len(structure["masks"]) == 2
 
 
@@ -326,10 +326,10 @@ def test_tickets_of_another_denoiser_are_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     run(tmp_path, 2)
     checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
-    checkpoint[CHECKPOINT_KEY]["format_version"] = 2
+    checkpoint[CHECKPOINT_KEY]["format_version"] = 3
     torch.save(checkpoint, tmp_path / "newer.ckpt")
-    message = "ckpt_path: its tickets have format version 2, and this lightning-earlybird reads up to 1. Upgrade it"
-    with pytest.raises(MisconfigurationException, match=message):
+    message = r"newer.ckpt: field 'lightning_earlybird.format_version' is 3, but .* reads up to 2; upgrade it"
+    with pytest.raises(EnsembleFormatError, match=message):
         run(tmp_path, 3, ckpt_path=tmp_path / "newer.ckpt")
 
 

@@ -24,6 +24,7 @@ def test_the_public_names_are_these() -> None:
         "NonFiniteWeightsError",
         "RankLostError",
         "SearchLimitError",
+        "TicketCheckpoints",
         "TicketEnsemble",
         "TicketEnsembleSampler",
         "TicketFacts",
@@ -37,6 +38,7 @@ def test_the_public_names_are_these() -> None:
         "devices_that_pay_off",
         "draw_uniform",
         "draw_within",
+        "load_from_checkpoint",
         "plan_tickets",
     ]
     assert all(hasattr(lightning_earlybird, name) for name in lightning_earlybird.__all__)
