@@ -19,9 +19,10 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save, save_file
 
+from lightning_earlybird.descriptions import describe_denoiser
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.records import EnsembleRecord, TicketFacts, describe_denoiser
+from lightning_earlybird.records import EnsembleRecord, TicketFacts
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import attribute_edits, extract, trace_plan, verify_plan
 from lightning_earlybird.tickets import save_ensemble
@@ -45,10 +46,8 @@ class Mutation:
     damage: Callable[[Path], None]
 
 
-def small_ensemble(seed: int = 0, channels: int = 8) -> TicketEnsemble:
-    """Two tickets of a small network, one of them with ragged norms and fewer attention heads, with their record."""
-    torch.manual_seed(seed)
-    dense = UNet2DModel(
+def small_network(channels: int = 8) -> UNet2DModel:
+    return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -59,6 +58,12 @@ def small_ensemble(seed: int = 0, channels: int = 8) -> TicketEnsemble:
         up_block_types=("UpBlock2D",),
         attention_head_dim=2,
     )
+
+
+def small_ensemble(seed: int = 0, channels: int = 8) -> TicketEnsemble:
+    """Two tickets of a small network, one of them with ragged norms and fewer attention heads, with their record."""
+    torch.manual_seed(seed)
+    dense = small_network(channels)
     plan = verify_plan(dense, trace_plan(dense, CALL), CALL).plan
     partition = TimestepPartition.of([(0, 400, 0.25), (400, 1000, 0.5, 700)], overlap=20)
     masks = []

@@ -99,7 +99,7 @@ def test_networks_that_are_built_meanwhile_are_not_counted(folder):
     """The limit holds for the network of the file, not for those of other threads."""
     import threading
 
-    from lightning_earlybird.records import _no_more_parts
+    from lightning_earlybird.descriptions import _no_more_parts
 
     built = []
     with _no_more_parts(0):
