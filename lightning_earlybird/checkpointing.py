@@ -31,7 +31,12 @@ def save_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_structure(
-    trainer: pl.Trainer | None, module: pl.LightningModule, checkpoint: Mapping[str, Any], file: str | None = None
+    trainer: pl.Trainer | None,
+    module: pl.LightningModule,
+    checkpoint: Mapping[str, Any],
+    file: str | None = None,
+    *,
+    partial: bool = False,
 ) -> None:
     """Give a module with a dense denoiser the structure that a checkpoint was taken with; its weights come later.
 
@@ -43,6 +48,7 @@ def restore_structure(
         module: The LightningModule, changed in place.
         checkpoint: A checkpoint that nobody vouches for.
         file: Where it was read, for messages.
+        partial: Whether a dense denoiser may become an ensemble of which other ranks train a part.
 
     Raises:
         EnsembleFormatError: If what the checkpoint says of tickets is damaged, or of a newer format.
@@ -61,7 +67,7 @@ def restore_structure(
             )
         _refuse_undescribed(argument, module, checkpoint)
         return
-    if structure.absent and trainer is None:
+    if structure.absent and present is None and not partial:
         raise MisconfigurationException(
             f"{argument}: the checkpoint lacks the tickets {sorted(structure.absent)} of {len(structure.shapes)}, "
             "which other ranks trained under MultiTicketStrategy. Load the ensemble that the pruner writes at the end, "
@@ -101,7 +107,7 @@ def follow_checkpoints(trainer: pl.Trainer, module: pl.LightningModule) -> Calla
 
     # Closures and not bound methods: WeightAveraging deep-copies the module, and must not clone callbacks with it.
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        restore_structure(trainer, module, checkpoint)
+        restore_structure(trainer, module, checkpoint, partial=True)
         own_load(checkpoint)
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_fraction, check_positive, check_resumed
+from lightning_earlybird.arguments import (
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_resumed,
+    check_state_version,
+    plain_settings,
+)
 from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
@@ -477,7 +484,7 @@ class EarlyBirdDetector(pl.Callback):
         """What masks depend on besides the weights, in plain types."""
         criterion = self.criterion if isinstance(self.criterion, str) else "callable"
         weights = "raw" if self.weights == "auto" else self.weights
-        return {"criterion": criterion, "weights": weights, **asdict(self._allocation)}
+        return plain_settings({"criterion": criterion, "weights": weights, **asdict(self._allocation)})
 
     @property
     def _denoiser(self) -> str | None:
@@ -598,7 +605,8 @@ class EarlyBirdDetector(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._fitting:
             return  # tests and predictions search for nothing, and no pruner has said by what regions
-        check_resumed(self._settings, state_dict.get("settings", {}))
+        check_state_version(self, state_dict, newest=1)
+        check_resumed(self._settings, state_dict.get("settings", {}))  # absent from the first ones of this version
         self._search.load_state_dict(state_dict["search"])
         self._last_check_step = state_dict["last_check_step"]
         self._finished = state_dict["finished"]

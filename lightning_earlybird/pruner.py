@@ -19,7 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
+from lightning_earlybird.arguments import (
+    check_choice,
+    check_positive,
+    check_resumed,
+    check_state_version,
+    plain_settings,
+)
 from lightning_earlybird.budget import Allocation, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
@@ -532,7 +538,7 @@ class TimestepAwarePruner(pl.Callback):
     @property
     def _settings(self) -> dict[str, Any]:
         """What tickets are made by besides their regions, in plain types; saved ones bring their own."""
-        return {} if self._partition is None else {**asdict(self._allocation), "norm": self.norm}
+        return {} if self._partition is None else plain_settings({**asdict(self._allocation), "norm": self.norm})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -545,7 +551,8 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved_settings = state_dict.get("settings", {})
+        check_state_version(self, state_dict, newest=1)
+        self._saved_settings = state_dict.get("settings", {})  # absent from the first ones of this version
         self.switched_at = state_dict["switched_at"]
         self._initial = state_dict["initial_weights"]
 

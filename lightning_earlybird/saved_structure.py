@@ -16,7 +16,7 @@ from lightning_earlybird.absent import AbsentTicket, clone_structure
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.files import Field
 from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.records import EnsembleRecord, read_denoiser, read_edits, read_facts, read_shape
+from lightning_earlybird.records import EnsembleRecord
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import resize_
 
@@ -251,29 +251,12 @@ def _read_absent(field: Field, count: int) -> dict[int, dict[str, torch.Size]]:
 
 
 def _read_record(field: Field, masks: Field, partition: TimestepPartition) -> EnsembleRecord:
-    record = EnsembleRecord(
-        denoiser=field["denoiser"].optional(read_denoiser),
-        edits=tuple(read_edits(each) for each in field["edits"].elements()),
-        masks=tuple(_read_mask(each) for each in masks.elements()),
-        facts=tuple(read_facts(each) for each in field["facts"].elements()),
-        sample_shape=field["sample_shape"].optional(read_shape),
-    )
-    count = len(partition)
-    if len(record.edits) != count:
-        field["edits"].fail(f"has {len(record.edits)} entries, but the partition has {count} regions.")
-    if record.masks and len(record.masks) != count:
-        masks.fail(f"has {len(record.masks)} entries, but the partition has {count} regions.")
+    kept = [_read_mask(each) for each in masks.elements()]
+    record = field.parsed(lambda data: EnsembleRecord.from_json(data, kept))
+    if len(record.edits) != len(partition):
+        field["edits"].fail(f"has {len(record.edits)} entries, but the partition has {len(partition)} regions.")
     if record.facts and [each.region for each in record.facts] != list(partition):
         field["facts"].fail("does not belong to the regions of the partition.")
-    for each, mask in zip(masks.elements(), record.masks, strict=True):
-        Field(mask, each.file, each.path).parsed(record.masks[0].check_same_groups)
-    if record.masks and record.facts:
-        for each, mask, facts in zip(masks.elements(), record.masks, record.facts, strict=True):
-            if facts.channels != (mask.num_channels, mask.num_kept):
-                each.fail(
-                    f"keeps {mask.num_kept} of {mask.num_channels} channels, but the ticket's facts say "
-                    f"{facts.channels[1]} of {facts.channels[0]}."
-                )
     return record
 
 

@@ -273,9 +273,14 @@ def test_a_part_of_an_ensemble_is_refused_by_name(plain: Fit, tmp_path: Path) ->
     message = (
         r"checkpoint_path: the checkpoint lacks the tickets \[1\] of 2, which other ranks trained .* put the groups"
     )
-    for kind in (Plain, Ours):
+    for load in (lambda path: load_from_checkpoint(Plain, path), Ours.load_from_checkpoint):
         with pytest.raises(MisconfigurationException, match=message):
-            load_from_checkpoint(kind, tmp_path / "part.ckpt")
+            load(tmp_path / "part.ckpt")
+    message = message.replace("checkpoint_path", "ckpt_path")
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Ours(), max_epochs=1, ckpt_path=tmp_path / "part.ckpt")
+    with pytest.raises(MisconfigurationException, match=message):
+        settled().test(Ours(), loader(module), ckpt_path=tmp_path / "part.ckpt")
 
 
 def test_tickets_of_another_network_are_refused(plain: Fit) -> None:
