@@ -400,14 +400,15 @@ def test_a_trainer_without_us_cannot_load_tickets_into_a_module_without_the_mixi
 @pytest.mark.parametrize("who", ["pruner", "detector"])
 @pytest.mark.parametrize("ema", [False, True])
 def test_the_trainer_of_the_fit_finds_its_best_and_last_checkpoints(who: str, ema: bool, tmp_path: Path) -> None:
-    found = callbacks(tmp_path)
-    if who == "detector":
+    def found() -> list[pl.Callback]:
         settings: dict[str, Any] = {"every_n_train_steps": 2, "window": 2, "threshold": 1.0, "round_to": 4}
-        found = [EarlyBirdDetector([0.5], on_emergence="prune", **settings)]
+        detector = EarlyBirdDetector([0.5], on_emergence="prune", **settings)
+        return callbacks(tmp_path) if who == "pruner" else [detector]
+
     best = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
     extra = [EMAWeightAveraging(decay=0.8)] if ema else []
     module = Plain()
-    trainer = fit(module, *extra, *found, best, max_epochs=3, enable_checkpointing=True, limit_val_batches=1.0)
+    trainer = fit(module, *extra, *found(), best, max_epochs=3, enable_checkpointing=True, limit_val_batches=1.0)
     assert isinstance(module.model, TicketEnsemble)
     for path, exact in (("best", best.best_model_path), ("last", best.last_model_path)):
         fresh = load_from_checkpoint(Plain, exact)
@@ -424,12 +425,8 @@ def test_the_trainer_of_the_fit_finds_its_best_and_last_checkpoints(who: str, em
         assert torch.equal(result[2], expected[2])
     # A fresh Trainer whose callbacks look into the same directory finds the last one, too.
     other = Plain()
-    fresh_trainer = quiet_trainer(
-        *callbacks(tmp_path),
-        ModelCheckpoint(tmp_path, save_last=True),
-        limit_val_batches=1.0,
-        enable_checkpointing=True,
-    )
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    fresh_trainer = quiet_trainer(*found(), last, limit_val_batches=1.0, enable_checkpointing=True)
     fresh_trainer.test(other, loader(other), ckpt_path="last", verbose=False)
     assert isinstance(other.model, TicketEnsemble)
 
