@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from modules import ConvNet, Lit, loader, quiet_trainer
+from modules import ConvNet, Lit, Repeatable, loader, quiet_trainer
 
 import lightning_earlybird
 from lightning_earlybird import (
@@ -23,7 +23,7 @@ from lightning_earlybird import (
 )
 
 
-class Ours(TicketCheckpoints, Lit):
+class Ours(TicketCheckpoints, Repeatable):
     """Carries the structure of its tickets by itself."""
 
 
@@ -34,7 +34,6 @@ REGIONS = [(0, 10, 0.25), (10, 1000, 0.5)]
 def run(out: Path, *callbacks: pl.Callback, max_steps: int, module: Any = None, **settings: Any) -> None:
     ckpt_path = settings.pop("ckpt_path", None)
     module = Ours() if module is None else module
-    torch.manual_seed(100 + int(os.environ.get("LOCAL_RANK", "0")))  # noise and timesteps of each rank's own
     saving = ModelCheckpoint(out, filename="{step}", save_last=True)
     averaging = EMAWeightAveraging(decay=0.8)
     settings = {"strategy": "ddp", "devices": 2, "max_steps": max_steps, "enable_checkpointing": True, **settings}
