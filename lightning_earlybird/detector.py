@@ -14,8 +14,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_fraction, check_positive, check_resumed
+from lightning_earlybird.arguments import (
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_resumed,
+    check_state_version,
+    plain_settings,
+)
 from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
+from lightning_earlybird.checkpoint_io import write_whole_checkpoints
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
@@ -25,13 +33,14 @@ from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_metrics, ticket_table
+from lightning_earlybird.resume import Continuing
 from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
 from lightning_earlybird.structure import Norm
 from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
 
 
-class EarlyBirdDetector(pl.Callback):
+class EarlyBirdDetector(Continuing):
     """Finds early-bird tickets: channel masks that have stopped changing while the dense denoiser trains.
 
     At each check the denoiser's channels are scored, one mask per sparsity is drawn, and its distance to the masks
@@ -164,6 +173,7 @@ class EarlyBirdDetector(pl.Callback):
         self._fitting = True
         self._missed: set[float] = set()  # sparsities that cannot be met, as has been said
         self._unfollow: Callable[[], None] | None = None
+        self._saved_call: dict[str, Any] | None = None  # of a checkpoint
 
     # --- outcomes
 
@@ -226,13 +236,16 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if self.on_emergence == "prune":
             self._leave_checkpoints()
             self._unfollow = follow_checkpoints(trainer, pl_module)
         self._fitting = stage == "fit"
+        self._saved_call = None
         if not self._fitting:
             return
         check_supported(trainer, pl_module)
+        write_whole_checkpoints(trainer)
         if self._scorer.gradients is not None:
             self._scorer.gradients.check(pl_module)
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -255,7 +268,11 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._finish_if_replaced(pl_module)
+        call, self._saved_call = self._saved_call, None
+        if call is not None and self.found is None and not self._finished:
+            self._find(trainer, pl_module, DenoiserCall.from_state_dict(call, pl_module.device))
         if self.weights == "auto" and averaged_modules(trainer) and not self._finished:
             rank_zero_info(
                 "EarlyBirdDetector: masks are drawn from the raw weights; weights='ema' would draw them from the "
@@ -314,16 +331,19 @@ class EarlyBirdDetector(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.on_emergence == "prune":
             save_structure(pl_module, checkpoint)  # after the fit, the module's own hook is no longer followed
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._stop_probe()  # Lightning does not tear down after an exception
         self._leave_checkpoints()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._stop_probe()
         self._leave_checkpoints()
 
@@ -477,7 +497,7 @@ class EarlyBirdDetector(pl.Callback):
         """What masks depend on besides the weights, in plain types."""
         criterion = self.criterion if isinstance(self.criterion, str) else "callable"
         weights = "raw" if self.weights == "auto" else self.weights
-        return {"criterion": criterion, "weights": weights, **asdict(self._allocation)}
+        return plain_settings({"criterion": criterion, "weights": weights, **asdict(self._allocation)})
 
     @property
     def _denoiser(self) -> str | None:
@@ -592,13 +612,17 @@ class EarlyBirdDetector(pl.Callback):
             "search": self._search.state_dict(),
             "last_check_step": self._last_check_step,
             "finished": self._finished,
+            # For the denoiser to be known from the first batch of a resumed fit on, which may be that of the switch.
+            "call": None if self.found is None else self.found.call.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._fitting:
             return  # tests and predictions search for nothing, and no pruner has said by what regions
-        check_resumed(self._settings, state_dict.get("settings", {}))
+        check_state_version(self, state_dict, newest=1)
+        check_resumed(self._settings, state_dict.get("settings", {}))  # absent from the first ones of this version
         self._search.load_state_dict(state_dict["search"])
         self._last_check_step = state_dict["last_check_step"]
         self._finished = state_dict["finished"]
+        self._saved_call = state_dict.get("call")

@@ -1,20 +1,14 @@
-"""What is known about tickets besides their weights, and how their dense network is described and built again."""
+"""What is known about tickets besides their weights."""
 
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-from lightning_earlybird.compilation import unwrap
+from lightning_earlybird.descriptions import read_denoiser as read_denoiser
 from lightning_earlybird.files import Field
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
@@ -79,7 +73,8 @@ class EnsembleRecord:
     """What an ensemble's networks, partition and timestep argument do not tell, but saving it needs.
 
     Args:
-        denoiser: How to build the dense network (see :func:`describe_denoiser`); None: only its owner knows.
+        denoiser: How to build the dense network (see :func:`~.descriptions.describe_denoiser`); None: only its owner
+            knows.
         edits: One per ticket: the width attributes in which it differs from the dense network.
         masks: One per ticket, or none at all.
         facts: One per ticket, or none at all.
@@ -91,6 +86,21 @@ class EnsembleRecord:
     masks: tuple[TicketMask, ...] = ()
     facts: tuple[TicketFacts, ...] = ()
     sample_shape: tuple[int, ...] | None = None
+
+    def check_masks(self) -> None:
+        """Refuses masks that do not belong together, or not to the facts.
+
+        Raises:
+            ValueError: If two masks are over other channels, or the facts count other channels than a mask has.
+        """
+        for number, mask in enumerate(self.masks):
+            self.masks[0].check_same_groups(mask)
+            counted = (mask.num_channels, mask.num_kept)
+            if self.facts and self.facts[number].channels != counted:
+                raise ValueError(
+                    f"the mask of ticket {number} keeps {counted[1]} of {counted[0]} channels, but its facts say "
+                    f"{self.facts[number].channels[1]} of {self.facts[number].channels[0]}; they do not belong together"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the masks, in plain containers that JSON and Lightning checkpoints can carry."""
@@ -109,85 +119,17 @@ class EnsembleRecord:
             EnsembleFormatError: If a field is missing or has the wrong type; the message names it.
         """
         root = Field(dict(data), "the ensemble's record")
-        return cls(
+        record = cls(
             denoiser=root["denoiser"].optional(read_denoiser),
             edits=tuple(read_edits(field) for field in root["edits"].elements()),
             masks=tuple(masks),
             facts=tuple(read_facts(field) for field in root["facts"].elements()),
             sample_shape=root["sample_shape"].optional(read_shape),
         )
-
-
-def describe_denoiser(module: nn.Module) -> dict[str, Any] | None:
-    """How to build a network of the same class and configuration again: ``{"library", "class", "config"}``.
-
-    Args:
-        module: The dense denoiser, before it is pruned; a ``torch.compile`` wrapper is looked through.
-
-    Returns:
-        A description that JSON can carry; None for networks that are not diffusers models, and for diffusers models
-        that their configuration does not describe (a layer was exchanged, a value is not JSON). Those are loaded with
-        a factory.
-    """
-    module = unwrap(module)
-    # A module of diffusers cannot exist before diffusers has been imported, by whoever built it.
-    if not type(module).__module__.startswith("diffusers."):
-        return None
-    network = _diffusers_class(type(module).__name__)
-    if network is not type(module):
-        return None
-    try:
-        # Through JSON at once, so that the description does not change when it is written and read back.
-        arguments = inspect.signature(network.__init__).parameters
-        values = {name: value for name, value in dict(module.config).items() if name in arguments}
-        config = json.loads(json.dumps(values, allow_nan=False))
-        with torch.device("meta"):
-            twin = network(**config)
-    except Exception:  # a constructor may raise anything; the network then needs a factory
-        return None
-    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (twin, module)]
-    if shapes[0] != shapes[1]:
-        return None
-    return {"library": "diffusers", "class": network.__name__, "config": config}
-
-
-def build_dense(factory: Callable[[], nn.Module] | None, field: Field) -> nn.Module:
-    """The dense network, from its owner's factory or else from a description that was read from a file.
-
-    Args:
-        factory: Builds the network; goes first.
-        field: Where the description was read: what :func:`describe_denoiser` gave, or null.
-
-    Raises:
-        ValueError: If there is neither, or the factory returns something else than a module.
-        EnsembleFormatError: If the description names no diffusers model, or does not build one.
-    """
-    if factory is not None:
-        dense: Any = factory()
-        if not isinstance(dense, nn.Module):
-            raise ValueError(f"denoiser must return a torch module, but it returned a {type(dense).__name__}.")
-        return unwrap(dense)
-    description = field.optional(read_denoiser)
-    if description is None:
-        raise ValueError(
-            "denoiser=None: the ensemble's network is not one that diffusers can build from its configuration; "
-            "pass denoiser=, a function without arguments that builds the dense network."
-        )
-    network = _diffusers_class(description["class"])
-    if network is None:
-        field["class"].fail(f"is {description['class']!r}, which is no model of the installed diffusers.")
-    try:
-        built: nn.Module = network(**description["config"])
-    except Exception as error:  # a constructor may raise anything over values it was not made for
-        field["config"].fail(f"does not build a {description['class']}: {error}")
-    return built
-
-
-def read_denoiser(field: Field) -> dict[str, Any]:
-    """A description of the dense network; whether it builds one is for :func:`build_dense` to see."""
-    if field["library"].text() != "diffusers":
-        field["library"].fail(f"is {field['library'].value!r}, expected 'diffusers' (or null for the whole denoiser).")
-    return {"library": "diffusers", "class": field["class"].text(), "config": field["config"].mapping()}
+        if {len(record.edits)} != {len(each) for each in (record.edits, record.masks, record.facts) if each}:
+            root.fail(f"has {len(record.edits)} edits, {len(record.masks)} masks and {len(record.facts)} facts.")
+        root["facts"].parsed(lambda _: record.check_masks())
+        return record
 
 
 def read_edits(field: Field) -> Edits:
@@ -226,8 +168,11 @@ def _read_target(field: Field) -> str:
 
 
 def read_shape(field: Field) -> tuple[int, ...]:
-    """A shape: an array of positive integers."""
-    return tuple(size.integer(1) for size in field.elements())
+    """A shape: an array of positive integers, of a tensor that could exist."""
+    shape = tuple(size.integer(1) for size in field.elements())
+    if math.prod(shape) > 2**40 or len(shape) > 60:
+        field.fail(f"is the shape of {math.prod(shape):.0e} numbers in {len(shape)} dimensions, which nothing has.")
+    return shape
 
 
 def _read_pair(field: Field) -> tuple[int, int]:
@@ -235,21 +180,6 @@ def _read_pair(field: Field) -> tuple[int, int]:
     if len(numbers) != 2:
         field.fail(f"has {len(numbers)} entries, expected two: dense network, ticket.")
     return numbers[0], numbers[1]
-
-
-def _diffusers_class(name: str) -> Callable[..., nn.Module] | None:
-    """A model class of diffusers by its public name; None for any other name."""
-    diffusers: Any = importlib.import_module("diffusers")
-    # Capitals only: diffusers resolves its sub-modules' names, too, by importing them.
-    if not re.fullmatch("[A-Z][A-Za-z0-9]*", name):
-        return None
-    try:
-        found: Any = getattr(diffusers, name)
-    except (AttributeError, RuntimeError):  # RuntimeError: the class needs a library that is not installed
-        return None
-    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin) and issubclass(found, diffusers.ConfigMixin):
-        return found
-    return None
 
 
 def _removed(pair: tuple[int, int]) -> float:

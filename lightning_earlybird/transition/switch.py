@@ -68,7 +68,7 @@ def replace_denoiser(
     optimizers = [bare(optimizer) for optimizer in strategy.optimizers]
     with isolate_rng(include_cuda=strategy.root_device.type == "cuda"):
         wrapped = unwrap_ddp(strategy)
-        lineages = _exchange(module, name, build, source, strategy)
+        lineages = _exchange(module, name, build, source, strategy.precision_plugin.convert_module)
         changed = False
         for lineage in lineages:
             hand_down(lineage, inherit)
@@ -83,21 +83,31 @@ def replace_denoiser(
     return lineages[0].replacement
 
 
+def replace_outside_trainer(module: pl.LightningModule, name: str, build: Build, source: Source) -> nn.Module:
+    """As :func:`replace_denoiser`, for a module of which no Trainer knows: there is nothing else to follow."""
+    with isolate_rng(include_cuda=False):
+        return _exchange(module, name, build, source, lambda replacement: replacement)[0].replacement
+
+
 def _exchange(
-    root: pl.LightningModule, name: str, build: Build, source: Source, strategy: Strategy | None = None
+    root: pl.LightningModule,
+    name: str,
+    build: Build,
+    source: Source,
+    convert: Callable[[nn.Module], nn.Module] | None = None,
 ) -> list[Lineage]:
     """Replace the denoiser of ``root``, and then the copies of it that ``root`` averages itself.
 
-    Only the live module (the one with a ``strategy``) is converted to the Trainer's precision and compiled; averaged
+    Only the live module (the one with a ``convert``) is converted to the Trainer's precision and compiled; averaged
     ones keep the precision that they have.
     """
     dense = unwrap(root.get_submodule(name))
-    context = denoiser_context(root, dense) if strategy is not None else None
+    context = denoiser_context(root, dense) if convert is not None else None
     lineages = []
     for twin in [dense, *averaged_twins(root, dense)]:
         replacement = build(twin).to(next(twin.parameters()).device)
-        if strategy is not None and twin is dense:
-            replacement = strategy.precision_plugin.convert_module(replacement)
+        if convert is not None and twin is dense:
+            replacement = convert(replacement)
         lineage = Lineage.trace(twin, replacement, source)
         match(lineage, source)
         put(root, twin, replacement)
@@ -138,9 +148,13 @@ def unwrap_ddp(strategy: Strategy) -> bool:
     return True
 
 
-def _prepare_ddp(strategy: Strategy, wrapped: bool) -> None:
+def let_tickets_idle(strategy: Strategy) -> None:
+    """Have DDP not wait for the gradients of a ticket that a rank's batch misses; before it wraps the module."""
     if isinstance(strategy, DDPStrategy):
-        # The gradients of a ticket that a rank's batch misses would otherwise be waited for.
         strategy._ddp_kwargs["find_unused_parameters"] = True
-        if wrapped:
-            strategy.configure_ddp()
+
+
+def _prepare_ddp(strategy: Strategy, wrapped: bool) -> None:
+    let_tickets_idle(strategy)
+    if isinstance(strategy, DDPStrategy) and wrapped:
+        strategy.configure_ddp()

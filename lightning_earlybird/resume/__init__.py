@@ -1,0 +1,5 @@
+"""What a fit needs to go on from a checkpoint as if it had not been interrupted, and Lightning does not keep."""
+
+from lightning_earlybird.resume.continuation import CONTINUATION_KEY, Continuing
+
+__all__ = ["CONTINUATION_KEY", "Continuing"]
