@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_earlybird.checkpointing import CHECKPOINT_KEY
 from lightning_earlybird.parallel.fit_record import SplitRecord
+from lightning_earlybird.saved_structure import CHECKPOINT_KEY
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ def merge(base: Part, parts: Mapping[int, Part], num_tickets: int) -> dict[str, 
         for key, value in base.checkpoint.items()
         if key not in ("optimizer_states", "loops", CHECKPOINT_KEY)
     }
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if isinstance(state, dict) and "losses_by_ticket" in state:  # the pruner's, around the switch
+            known = {str(t): part.checkpoint["callbacks"][key]["losses_by_ticket"] for t, part in parts.items()}
+            state["losses_by_ticket"] = {ticket: own[ticket] for ticket, own in known.items() if ticket in own}
     for key in ("optimizer_states", "loops"):
         checkpoint[key] = base.checkpoint[key]
     structure = dict(base.checkpoint[CHECKPOINT_KEY])

@@ -1,7 +1,8 @@
 """Fits that are killed while tickets train apart go on from what each group has saved.
 
-The modules draw samples, timesteps and noise from generators of their own, seeded by the number of the batch, so that a
-fit that was cut short can be compared with a whole one to the last bit, whoever trains what.
+Where they go on on other ranks, the module draws samples, timesteps and noise from generators of its own, seeded by the
+number of the batch, so that a fit that was cut short can be compared with a whole one to the last bit, whoever trains
+what. On the same ranks it draws from the global generator, and the order of the data matters.
 """
 
 import json
@@ -47,6 +48,15 @@ class Own(Lit):
         samples = samples + drawn  # of zeros, where the order of the data must not matter
         share = (steps / TIMESTEPS).view(-1, 1, 1, 1)
         return nn.functional.mse_loss(self.model(samples * (1 - share) + noise * share, steps), noise)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+
+class FromGlobalState(Lit):
+    """Draws from the global generator, as most modules do."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -113,7 +123,7 @@ def train(out: str, settings: str) -> None:
     """The scenario."""
     folder, given = Path(out), json.loads(settings)
     stop = given.get("stop")
-    module = Own(configure=one_cycle)
+    module = (FromGlobalState if given.get("stateful") else Own)(configure=one_cycle)
     average = EMAWeightAveraging(decay=0.8)
     checkpoints = ModelCheckpoint(
         folder / "checkpoints", filename="{step}", every_n_train_steps=2, save_last=True, save_top_k=-1

@@ -11,13 +11,13 @@ from modules import quiet_trainer
 from test_fit_files import THREE, split
 from torch import nn
 
-from lightning_earlybird.checkpointing import CHECKPOINT_KEY
 from lightning_earlybird.parallel.assignment import Assignment
 from lightning_earlybird.parallel.courses import Course
 from lightning_earlybird.parallel.fit_files import FitFile
 from lightning_earlybird.parallel.fit_record import FitRecord, SplitRecord
 from lightning_earlybird.parallel.plan import TicketPlan
 from lightning_earlybird.parallel.resumption import Resumption, plan_resumed
+from lightning_earlybird.saved_structure import CHECKPOINT_KEY
 
 NAMES = {ticket: f"model.tickets.{ticket}.weight" for ticket in range(3)}
 
@@ -35,7 +35,10 @@ def saved(step: int, record: SplitRecord, *, epochs: int = 0, batches: int = 0) 
         "global_step": step,
         "state_dict": weights,
         "current_model_state": weights,
-        "callbacks": {"Averages": {"model": weights, "count": step}},
+        "callbacks": {
+            "Averages": {"model": weights, "count": step},
+            "Pruner": {"losses_by_ticket": {str(ticket): step for ticket in record.hosted}},
+        },
         "optimizer_states": [{"state": states, "param_groups": [{"lr": step, "params": list(states)}]}],
         "loops": {
             "fit_loop": {
@@ -102,6 +105,7 @@ def test_tickets_of_two_files_are_merged_and_the_more_advanced_wait():
         assert values == {NAMES[0]: [8, 0], NAMES[1]: [12, 1], NAMES[2]: [12, 2], "other": [8]}
     assert merged.checkpoint["callbacks"]["Averages"]["count"] == 8
     assert merged.checkpoint["callbacks"]["Averages"]["model"][NAMES[2]].tolist() == [12, 2]
+    assert merged.checkpoint["callbacks"]["Pruner"]["losses_by_ticket"] == {"0": 8, "1": 12, "2": 12}
     assert merged.checkpoint[CHECKPOINT_KEY]["absent"] == {}
     assert merged.checkpoint["global_step"] == 8
 
