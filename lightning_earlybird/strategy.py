@@ -27,6 +27,7 @@ from lightning_earlybird.parallel.assignment import Assignment
 from lightning_earlybird.parallel.budgets import ticket_loads
 from lightning_earlybird.parallel.courses import Course
 from lightning_earlybird.parallel.distress import (
+    before_validations,
     child_processes,
     end_children,
     look_between_batches,
@@ -36,6 +37,7 @@ from lightning_earlybird.parallel.distress import (
     share_sigterm,
     stop_by_themselves,
     stop_together,
+    validation_is_unfinished,
 )
 from lightning_earlybird.parallel.fit_files import SWITCH_FILE
 from lightning_earlybird.parallel.fit_record import FIT_KEY, FitRecord
@@ -50,6 +52,7 @@ from lightning_earlybird.parallel.recording import describe_split
 from lightning_earlybird.parallel.separate import folder_of
 from lightning_earlybird.parallel.swaps import SwapWatch
 from lightning_earlybird.reporting import log_metrics
+from lightning_earlybird.resume.random_states import capture_random_states, restore_random_states
 
 GRACE_S = 20.0
 """Seconds that a rank which does not come to its next batch has to leave, once another one is lost."""
@@ -128,6 +131,7 @@ class MultiTicketStrategy(GroupedStrategy):
         self._phase: TicketPhase | None = None
         self._liaison: Liaison | None = None
         self._swaps: SwapWatch | None = None
+        self._before_validation: dict[str, Any] | None = None  # random states
         self._on_gathered: Callable[[], None] | None = None
         self._failed = self._incomplete = self._interrupted = self._begun = False
         self._to_blame: bool | None = None  # for the exception under way, once that has been told
@@ -327,7 +331,7 @@ class MultiTicketStrategy(GroupedStrategy):
         if self._fit is None:
             # From the operating system, so that the random states of the training stay as they are.
             self._fit, self._session = self.broadcast(uuid.uuid4().hex), 0
-        self._swaps = SwapWatch(trainer)
+        self._swaps, self._before_validation = SwapWatch(trainer), None
         run = trainer.fit_loop.run
         trainer.fit_loop.__dict__["run"] = lambda: self._run_fit_loop(trainer, run)
         replace_child_observer()
@@ -356,8 +360,12 @@ class MultiTicketStrategy(GroupedStrategy):
         share_sigterm(module.trainer, self._request_stop)
         stop_together(module.trainer, lambda: self._asked_to_stop)
         look_between_batches(module.trainer, self._look_between_batches)
+        before_validations(module.trainer, self._note_random_states)
         if self._phase is None:  # else they were looked at before the world was split
             check_loaders(module.trainer, module)
+
+    def _note_random_states(self) -> None:
+        self._before_validation = capture_random_states(self._module.trainer)
 
     def _look_between_batches(self) -> None:
         """Has a rank been lost, or are we to stop?"""
@@ -422,16 +430,12 @@ class MultiTicketStrategy(GroupedStrategy):
         if self._liaison is not None:
             share_sigterm(self._module.trainer, self._request_stop)
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """In a validation, too, a lost rank is noticed, and a rank that has nobody to agree with stops."""
-        if self._liaison is not None:
-            self._liaison.progress()
-            self._liaison.check()
-            if self._asked_to_stop and self.world_size == 1:
-                raise SIGTERMException
-
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        # In a validation, too, a lost rank is noticed, and a rank that has nobody to agree with stops.
+        if self._liaison is not None:
+            self._liaison.progress()
+            self._look_between_batches()
         if self._phase is None:
             return super().validation_step(*args, **kwargs)
         output: STEP_OUTPUT = None
@@ -528,6 +532,9 @@ class MultiTicketStrategy(GroupedStrategy):
         name = "search" if self._phase is None else folder_of(self._phase.hosted)
         if self._swaps is not None:
             self._swaps.put_back(self._module)
+        if self._before_validation is not None and validation_is_unfinished(self._module.trainer):
+            # It is done again from its first batch.
+            restore_random_states(self._module.trainer, {"random": self._before_validation})
         save_interrupted(self._module.trainer, self._directory / "interrupted" / f"{name}.ckpt")
 
     def _savers(self) -> list[tuple[Sequence[int], int]]:

@@ -86,8 +86,28 @@ def look_between_batches(trainer: pl.Trainer, look: Callable[[], None]) -> None:
     loop.__dict__["advance"] = look_and_advance
 
 
+def before_validations(trainer: pl.Trainer, note: Callable[[], None]) -> None:
+    """Have a function called before each validation of the training, and before anything is drawn for it."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.__dict__.pop("run", None)
+    run = loop.run
+
+    def note_and_run() -> Any:
+        note()
+        return run()
+
+    loop.__dict__["run"] = note_and_run
+
+
+def validation_is_unfinished(trainer: pl.Trainer) -> bool:
+    """Whether a validation has broken off within one of its batches."""
+    total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+    return trainer.validating and total.ready != total.completed
+
+
 def stop_by_themselves(trainer: pl.Trainer) -> None:
     """Lightning's own way again."""
+    trainer.fit_loop.epoch_loop.val_loop.__dict__.pop("run", None)
     for name in ("_broadcast_sigterm_tensor", "advance"):
         trainer.fit_loop.epoch_loop.__dict__.pop(name, None)
 

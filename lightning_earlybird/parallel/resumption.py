@@ -24,12 +24,19 @@ Load = Callable[[Path], dict[str, Any]]
 def forget_unfinished_batch(checkpoint: dict[str, Any]) -> None:
     """Count a batch no more that had begun, but not ended, when a checkpoint was written: it is to come again.
 
-    Lightning forgets it in the count of the epoch, but not in that of the fit. Changed in place.
+    Lightning forgets it in the count of the epoch, but not in that of the fit. A validation that had begun comes again
+    from its first batch: the training batch before it counts as one that is ending. Changed in place.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    loops = checkpoint["loops"]["fit_loop"]
+    progress, validated = loops["epoch_loop.batch_progress"], loops.get("epoch_loop.val_loop.batch_progress")
     for count in (progress["total"], progress["current"]):
         if count["processed"] == count["completed"]:
             count["ready"] = count["started"] = count["completed"]
+    if validated is not None and validated["total"]["ready"] != validated["total"]["completed"]:
+        for count in (progress["total"], progress["current"]):
+            count["completed"] = max(0, count["processed"] - 1)
+        for key in ("total", "current"):
+            validated[key] = dict.fromkeys(validated[key], 0)
 
 
 def plan_resumed(

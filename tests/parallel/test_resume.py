@@ -70,8 +70,11 @@ class Resumable(DataLoader):
     position = skip = 0
 
     def __iter__(self):
-        self.position, self.skip, skip = self.skip, 0, self.skip
-        for number, batch in enumerate(super().__iter__()):
+        skip, self.position, self.skip = self.skip, self.skip, 0
+        return self.rest(super().__iter__(), skip)  # at once, since it draws a seed for workers
+
+    def rest(self, batches, skip):
+        for number, batch in enumerate(batches):
             if number >= skip:
                 self.position = number + 1
                 yield batch

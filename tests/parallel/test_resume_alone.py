@@ -60,12 +60,17 @@ def cosine(module: pl.LightningModule) -> dict[str, Any]:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def fit(folder: Path, *callbacks: pl.Callback, average: pl.Callback | None = None, **settings: Any) -> pl.Trainer:
+def fit(folder: Path, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
     """Six steps an epoch, the world split before the fourth; a checkpoint every other step."""
-    module = Own(configure=cosine)
     ckpt_path = settings.pop("ckpt_path", None)
-    trainer = quiet_trainer(
-        EMAWeightAveraging(decay=0.8) if average is None else average,
+    trainer = trainer_of(folder, *callbacks, **settings)
+    trainer.fit(Own(configure=cosine), data(6), data(1), ckpt_path=ckpt_path)
+    return trainer
+
+
+def trainer_of(folder: Path, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+    return quiet_trainer(
+        EMAWeightAveraging(decay=0.8),
         EarlyBirdDetector([0.25, 0.5], every_n_train_steps=1, window=3, threshold=1.0),
         TimestepAwarePruner(REGIONS, round_to=4, overlap=50, dirpath=folder / "tickets"),
         ModelCheckpoint(
@@ -77,8 +82,6 @@ def fit(folder: Path, *callbacks: pl.Callback, average: pl.Callback | None = Non
             | settings
         ),
     )
-    trainer.fit(module, data(6), data(1), ckpt_path=ckpt_path)
-    return trainer
 
 
 class Outcome:
@@ -192,6 +195,32 @@ def test_a_fit_that_was_asked_to_stop_goes_on_with_the_next_batch(step, whole, t
     losses = resumed.lightning_module.losses
     assert losses == whole[1].losses[-len(losses) :] and len(losses) == 14 - step + max(0, 8 - step)
     assert_same(resumed, whole[1])
+
+
+class TerminatedInValidation(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.seen.append((trainer.global_step, batch_idx))
+        if self.seen[-1] == (6, 1) and len(self.seen) > 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_validation_that_was_broken_off_is_done_again(whole, tmp_path):
+    def trained(ckpt_path: Any = None) -> pl.Trainer:
+        module = Own(configure=cosine)
+        trainer = trainer_of(tmp_path, watch, limit_val_batches=3)
+        trainer.fit(module, data(6), data(3), ckpt_path=ckpt_path)
+        return trainer
+
+    watch = TerminatedInValidation()
+    with pytest.raises(SIGTERMException):
+        trained()
+    assert watch.seen[-2:] == [(6, 0), (6, 1)]  # and not the third
+    watch = TerminatedInValidation()
+    assert_same(trained(tmp_path / "tickets" / "interrupted"), whole[1])
+    assert watch.seen == [(step, number) for step in (6, 12) for number in range(3)]
 
 
 def test_averages_that_break_off_in_a_validation_are_saved_as_averages(tmp_path):
