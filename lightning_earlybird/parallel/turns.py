@@ -14,6 +14,7 @@ from lightning_earlybird.ensemble import TicketEnsemble, Turn
 from lightning_earlybird.parallel.courses import Course
 from lightning_earlybird.parallel.integer_draws import unlimited_draws
 from lightning_earlybird.parallel.relay import logged_as
+from lightning_earlybird.parallel.separate import folder_of
 from lightning_earlybird.parallel.timesteps import find_sampler, limited_timesteps
 from lightning_earlybird.parallel.turn_check import TimestepsOutsideError, check_turn
 
@@ -53,7 +54,14 @@ class Turns:
         for ticket in set(self._courses).difference(in_turn):
             for parameter in self._ensemble.tickets[ticket].parameters():
                 parameter.grad = None  # zeros would do, too, but for weight decay and momentum
+            self._forget_logged(ticket)
         return in_turn
+
+    def _forget_logged(self, ticket: int) -> None:
+        """Else Lightning logs a ticket's last value again at each step until the epoch ends."""
+        for result in self._module.trainer.fit_loop.epoch_loop._results.values():
+            if result.meta.name.startswith(f"{folder_of([ticket])}/"):
+                result._forward_cache = None
 
     @contextmanager
     def take(self, ticket: int) -> Iterator[None]:
