@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_earlybird.budget import Target
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.importance import NonFiniteWeightsError, check_finite
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
@@ -143,9 +144,14 @@ def convert(
 
     Returns:
         The ensemble that now stands in the denoiser's place, with its record.
+
+    Raises:
+        NonFiniteWeightsError: A weight is NaN or infinite; nothing has been changed.
     """
     name, plan = found.call.name, found.plan
     dense = unwrap(module.get_submodule(name))
+    check_finite(dense)  # not every criterion has looked at the weights
+    _warn_of_unsound_averages(trainer, name)
     slicers = [TicketSlicer(plan, mask) for mask in masks]
     description = describe_denoiser(dense)
     parameters = count_parameters(dense)
@@ -164,14 +170,17 @@ def convert(
 
     if initial_weights is not None:
         forget_training(trainer, dense)
-    edits = tuple(attribute_edits(dense, extract(dense, plan, mask, norm=norm)) for mask in masks)
+    # All that can fail comes before the dense network leaves; `replace_denoiser` puts it back where it fails itself.
+    trial = [extract(dense, plan, mask, norm=norm) for mask in masks]
+    edits = tuple(attribute_edits(dense, ticket) for ticket in trial)
+    with torch.compiler.set_stance("force_eager"):
+        macs = [count_macs(ticket, *found.call.for_network(ticket)) for ticket in trial]
+    del trial
     ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
     assert isinstance(ensemble, TicketEnsemble)
     forget_scores(trainer)
     facts = []
-    for region, mask, ticket in zip(partition, masks, ensemble.tickets, strict=True):
-        with torch.compiler.set_stance("force_eager"):
-            macs = count_macs(ticket, *found.call.for_network(ticket))
+    for region, mask, ticket, operations in zip(partition, masks, ensemble.tickets, macs, strict=True):
         searched = emerged.get(region)
         facts.append(
             TicketFacts(
@@ -180,7 +189,7 @@ def convert(
                 emerged=searched is not None or region.sparsity == 0,
                 channels=(mask.num_channels, mask.num_kept),
                 parameters=(parameters, count_parameters(ticket)),
-                macs=(found.macs, macs),
+                macs=(found.macs, operations),
                 target=target,
             )
         )
@@ -190,6 +199,14 @@ def convert(
         assert isinstance(in_slot, TicketEnsemble)
         in_slot.record = record
     return ensemble
+
+
+def _warn_of_unsound_averages(trainer: pl.Trainer, name: str) -> None:
+    for average in averaged_modules(trainer):
+        try:
+            check_finite(average.get_submodule(name), "the averaged denoiser")
+        except NonFiniteWeightsError as error:
+            rank_zero_warn(f"{error} The tickets' averages begin, and remain, as bad; their own weights are sound.")
 
 
 def forget_training(trainer: pl.Trainer, dense: nn.Module) -> None:
