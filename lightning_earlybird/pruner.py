@@ -23,6 +23,7 @@ from lightning_earlybird.arguments import check_choice, check_positive, check_re
 from lightning_earlybird.budget import Allocation, Heads, Scope, Target
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
+from lightning_earlybird.continuation import begins_anew
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
@@ -44,13 +45,9 @@ from lightning_earlybird.search import SearchKey, describe, short_name
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.structure import Norm
 from lightning_earlybird.switch_loss import SwitchLoss
-from lightning_earlybird.tickets import (
-    TicketFacts,
-    check_target,
-    save_ensemble,
-    saved_partition,
-)
+from lightning_earlybird.tickets import TicketFacts, saved_partition
 from lightning_earlybird.transition import averaged_modules, check_supported
+from lightning_earlybird.writing import check_directory, is_rehearsal, write_at_end, write_at_switch
 
 
 class SearchLimitError(RuntimeError):
@@ -194,7 +191,8 @@ class TimestepAwarePruner(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
-        if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
+        gone = self.switched_at is not None and find_ensemble(pl_module) is None  # tickets of an earlier module
+        if begins_anew(trainer, pl_module, self) or gone:
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
             self._saved_settings, self._losses = {}, {}
         if self._partition is not None:
@@ -208,8 +206,7 @@ class TimestepAwarePruner(pl.Callback):
                 )
         directory = Path(self.dirpath) if self.dirpath is not None else _default_directory(trainer)
         self.directory = Path(trainer.strategy.broadcast(str(directory)))
-        for name in ("switch", "ensemble"):
-            check_target(self.directory / name)
+        check_directory(trainer, self.directory)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -361,8 +358,10 @@ class TimestepAwarePruner(pl.Callback):
     ) -> None:
         assert detector.found is not None and self.directory is not None
         found = detector.found
+        drawn = detector.try_draw(trainer, pl_module)
+        if drawn is None:
+            return  # the next batch tries again
         besides_s = self._besides_seconds(trainer, unwrap(pl_module.get_submodule(found.call.name)), found.call)
-        drawn = detector.draw(trainer, pl_module)
         keys = {region: detector.key(region) for region in partition if region.sparsity > 0}
         masks = [drawn[keys[region]] if region in keys else found.plan.full_mask() for region in partition]
         ensemble = convert(
@@ -382,7 +381,7 @@ class TimestepAwarePruner(pl.Callback):
         self.facts = ensemble.record.facts
         self.switched_at = trainer.global_step
         self._loss.switch()
-        _write(trainer, ensemble, self.directory / "switch")
+        write_at_switch(trainer, ensemble, self.directory / "switch")
         rank_zero_info(
             f"TimestepAwarePruner: the denoiser has become {len(partition)} tickets at step {self.switched_at}.\n"
             f"{ticket_table(self.facts)}"
@@ -390,8 +389,9 @@ class TimestepAwarePruner(pl.Callback):
         log_ticket_table(trainer, "earlybird/tickets", self.facts)
         if MATPLOTLIB_AVAILABLE:
             distances = distance_figure(detector.windows, detector.threshold)
-            log_figure(trainer, "earlybird/mask_distance", distances, folder=self.directory)
-            log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=self.directory)
+            folder = None if is_rehearsal(trainer) else self.directory
+            log_figure(trainer, "earlybird/mask_distance", distances, folder=folder)
+            log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=folder)
         log_metrics(trainer, {"earlybird/switch_step": self.switched_at, **ticket_metrics(self.facts)})
         self._split(trainer, pl_module, self._step_seconds(trainer, ensemble, found.call, besides_s))
 
@@ -486,8 +486,7 @@ class TimestepAwarePruner(pl.Callback):
     def _write_ensemble(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
         assert found is not None and self.directory is not None
-        _write(trainer, found[1], self.directory / "ensemble")
-        rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(self.directory / 'ensemble')!r}.")
+        write_at_end(trainer, found[1], self.directory / "ensemble")
 
     # --- tickets that are there already
 
@@ -548,21 +547,6 @@ class TimestepAwarePruner(pl.Callback):
         self._saved_settings = state_dict.get("settings", {})
         self.switched_at = state_dict["switched_at"]
         self._initial = state_dict["initial_weights"]
-
-
-def _write(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path) -> None:
-    record = ensemble.record
-    assert record is not None
-    if trainer.is_global_zero:
-        save_ensemble(
-            directory,
-            ensemble,
-            denoiser=record.denoiser,
-            edits=record.edits,
-            masks=record.masks,
-            facts=record.facts,
-            sample_shape=record.sample_shape,
-        )
 
 
 def _default_directory(trainer: pl.Trainer) -> Path:
