@@ -153,34 +153,14 @@ def convert(
     check_finite(dense)  # not every criterion has looked at the weights
     _warn_of_unsound_averages(trainer, name)
     slicers = [TicketSlicer(plan, mask) for mask in masks]
-    description = describe_denoiser(dense)
     parameters = count_parameters(dense)
-
-    def build(network: nn.Module) -> nn.Module:
-        if initial_weights is not None:
-            network = copy.deepcopy(network)
-            network.load_state_dict(initial_weights)
-        # A repair (making up for the removed channels in closed form) would act on these networks, before they train.
-        tickets = [extract(network, plan, mask, norm=norm) for mask in masks]
-        return TicketEnsemble(tickets, partition, found.call.timesteps)
-
-    def inherit(name: str, tensor: Tensor) -> Tensor:
-        ticket, dense_name = split_name(name)
-        return slicers[ticket].slice(dense_name, tensor)
-
-    if initial_weights is not None:
-        forget_training(trainer, dense)
-    # All that can fail comes before the dense network leaves; `replace_denoiser` puts it back where it fails itself.
-    trial = [extract(dense, plan, mask, norm=norm) for mask in masks]
-    edits = tuple(attribute_edits(dense, ticket) for ticket in trial)
-    with torch.compiler.set_stance("force_eager"):
-        macs = [count_macs(ticket, *found.call.for_network(ticket)) for ticket in trial]
-    del trial
-    ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
-    assert isinstance(ensemble, TicketEnsemble)
-    forget_scores(trainer)
-    facts = []
-    for region, mask, ticket, operations in zip(partition, masks, ensemble.tickets, macs, strict=True):
+    edits, facts = [], []
+    # All of the record comes before the dense network leaves, so that tickets and their record are never apart.
+    for region, mask in zip(partition, masks, strict=True):
+        ticket = extract(dense, plan, mask, norm=norm)
+        edits.append(attribute_edits(dense, ticket))
+        with torch.compiler.set_stance("force_eager"):
+            macs = count_macs(ticket, *found.call.for_network(ticket))
         searched = emerged.get(region)
         facts.append(
             TicketFacts(
@@ -189,15 +169,31 @@ def convert(
                 emerged=searched is not None or region.sparsity == 0,
                 channels=(mask.num_channels, mask.num_kept),
                 parameters=(parameters, count_parameters(ticket)),
-                macs=(found.macs, operations),
+                macs=(found.macs, macs),
                 target=target,
             )
         )
-    record = EnsembleRecord(description, edits, tuple(masks), tuple(facts), found.call.sample_shape)
-    for root in (module, *averaged_modules(trainer)):
-        in_slot = root.get_submodule(name)
-        assert isinstance(in_slot, TicketEnsemble)
-        in_slot.record = record
+    record = EnsembleRecord(describe_denoiser(dense), tuple(edits), tuple(masks), tuple(facts), found.call.sample_shape)
+
+    def build(network: nn.Module) -> nn.Module:
+        if initial_weights is not None:
+            network = copy.deepcopy(network)
+            network.load_state_dict(initial_weights)
+        # A repair (making up for the removed channels in closed form) would act on these networks, before they train.
+        tickets = [extract(network, plan, mask, norm=norm) for mask in masks]
+        ensemble = TicketEnsemble(tickets, partition, found.call.timesteps)
+        ensemble.record = record
+        return ensemble
+
+    def inherit(name: str, tensor: Tensor) -> Tensor:
+        ticket, dense_name = split_name(name)
+        return slicers[ticket].slice(dense_name, tensor)
+
+    if initial_weights is not None:
+        forget_training(trainer, dense)
+    ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
+    assert isinstance(ensemble, TicketEnsemble)
+    forget_scores(trainer)
     return ensemble
 
 

@@ -76,8 +76,8 @@ _FAILED: "weakref.WeakValueDictionary[int, Logger]" = weakref.WeakValueDictionar
 
 
 @contextmanager
-def _tolerated(logger: Logger) -> Iterator[None]:
-    """Go on where a logger fails: a service that is gone for a while is no reason to end days of training."""
+def tolerated(logger: Logger) -> Iterator[None]:
+    """Go on where a logger fails, with one warning: a service that is gone is no reason to end days of training."""
     try:
         yield
     except Exception as error:  # loggers talk to any service, and fail in any way
@@ -104,7 +104,7 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float | None], step: int
     if not known:
         return
     for logger in trainer.loggers:
-        with _tolerated(logger):
+        with tolerated(logger):
             logger.log_metrics(known, step=logger_step(trainer) if step is None else step)
             logger.save()
 
@@ -138,7 +138,7 @@ def log_figure(
             rank_zero_warn(f"The figure {str(path)!r} could not be written ({error}). Training goes on without it.")
     step = logger_step(trainer) if step is None else step
     for logger in trainer.loggers:
-        with _tolerated(logger):
+        with tolerated(logger):
             if isinstance(logger, WandbLogger):
                 logger.log_image(name, [_pixels(figure)], step=step)
             elif isinstance(logger, TensorBoardLogger):
@@ -161,7 +161,7 @@ def log_ticket_table(trainer: Trainer, name: str, facts: Sequence[TicketFacts], 
         return
     step = logger_step(trainer) if step is None else step
     for logger in trainer.loggers:
-        with _tolerated(logger):
+        with tolerated(logger):
             if isinstance(logger, WandbLogger):
                 logger.log_table(name, columns=list(TICKET_COLUMNS), data=ticket_rows(facts), step=step)
             elif isinstance(logger, TensorBoardLogger):
