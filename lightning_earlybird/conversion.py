@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_earlybird.budget import Target
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TicketEnsemble
-from lightning_earlybird.importance import NonFiniteWeightsError, check_finite
+from lightning_earlybird.importance import check_finite
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
@@ -146,12 +146,13 @@ def convert(
         The ensemble that now stands in the denoiser's place, with its record.
 
     Raises:
-        NonFiniteWeightsError: A weight is NaN or infinite; nothing has been changed.
+        NonFiniteWeightsError: A weight, or an averaged one, is NaN or infinite; nothing has been changed.
     """
     name, plan = found.call.name, found.plan
     dense = unwrap(module.get_submodule(name))
     check_finite(dense)  # not every criterion has looked at the weights
-    _warn_of_unsound_averages(trainer, name)
+    for average in averaged_modules(trainer):
+        check_finite(average.get_submodule(name), "the averaged denoiser")
     slicers = [TicketSlicer(plan, mask) for mask in masks]
     parameters = count_parameters(dense)
     edits, facts = [], []
@@ -195,14 +196,6 @@ def convert(
     assert isinstance(ensemble, TicketEnsemble)
     forget_scores(trainer)
     return ensemble
-
-
-def _warn_of_unsound_averages(trainer: pl.Trainer, name: str) -> None:
-    for average in averaged_modules(trainer):
-        try:
-            check_finite(average.get_submodule(name), "the averaged denoiser")
-        except NonFiniteWeightsError as error:
-            rank_zero_warn(f"{error} The tickets' averages begin, and remain, as bad; their own weights are sound.")
 
 
 def forget_training(trainer: pl.Trainer, dense: nn.Module) -> None:

@@ -176,6 +176,7 @@ class TimestepAwarePruner(pl.Callback):
         self._losses: dict[int, SwitchLoss] = {}  # by ticket, where tickets train apart
         self._unfollow: Callable[[], None] | None = None
         self._clock: StepClock | None = None
+        self._trained = False  # whether this fit has come to its training
 
     @property
     def phase(self) -> Literal["search", "tickets"]:
@@ -215,7 +216,7 @@ class TimestepAwarePruner(pl.Callback):
             check_name(pl_module, self.denoiser)
         check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
-        self._clock = None
+        self._clock, self._trained = None, False
         if isinstance(trainer.strategy, MultiTicketStrategy):
             self._clock = StepClock(trainer.strategy.root_device)
             assert self.directory is not None
@@ -225,6 +226,7 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._trained = True
         present = find_ensemble(pl_module)
         if present is None and self._saved is not None:
             self._take_saved(trainer, pl_module, self._saved)
@@ -286,6 +288,13 @@ class TimestepAwarePruner(pl.Callback):
                 f"TimestepAwarePruner: the fit ended during the search, the denoiser is still dense ({progress}). "
                 "Train longer, check more often, raise threshold, or set max_search_steps."
             )
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Resumed at its end, as one whose ensemble found no room the first time, a fit does not start its training.
+        found = None if self._trained else find_ensemble(pl_module)
+        if found is not None and len(found[1].hosted) == len(found[1].tickets):
+            self._write_ensemble(trainer, pl_module)
 
     @override
     def on_save_checkpoint(

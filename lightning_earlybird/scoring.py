@@ -19,6 +19,7 @@ from lightning_earlybird.importance import (
     Criterion,
     NonFiniteGradientsError,
     channel_scores,
+    check_finite,
     custom_scores,
     slice_slots,
     taylor_scores,
@@ -239,6 +240,8 @@ class ChannelScorer:
             NonFiniteWeightsError: A weight is NaN or infinite; the subclass NonFiniteGradientsError: only gradients.
             ValueError: A callable does not give one finite score for each channel.
         """
+        if averaged is not None:
+            check_finite(averaged, "the averaged denoiser")
         if self.gradients is not None:
             return self.gradients.score(trainer, module, found, partition or TimestepPartition.whole(0.0), averaged)
         network = averaged if averaged is not None else unwrap(module.get_submodule(found.call.name))
