@@ -2,6 +2,7 @@
 
     python examples/digits.py                                               # examples/configs/digits.yaml
     python examples/digits.py trainer.max_epochs=40 pruner.overlap=10       # overrides
+    python examples/digits.py resume=true                                   # goes on where it was stopped or killed
     python examples/digits.py my_digits.yaml                                # a configuration of your own
     python examples/digits.py examples/configs/digits_parallel.yaml         # tickets side by side, a process for each
 
@@ -9,10 +10,12 @@ Ends with tables in the terminal; the ensemble, a grid of samples, two figures a
 """
 
 import copy
+import csv
 import difflib
 import os
 import sys
 import time
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ import lightning as L
 import torch
 import wandb
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from sklearn.datasets import load_digits
@@ -98,8 +102,12 @@ class DenseKeeper(Callback):
         self.search_s = self.total_s = 0.0
         self._started = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # A network to load the copy into that a checkpoint brings: from then on the module's own may be an ensemble.
+        self.denoiser = copy.deepcopy(pl_module.model).eval()
         self._started = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._keep(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -109,10 +117,48 @@ class DenseKeeper(Callback):
         if isinstance(pl_module.model, UNet2DModel):
             # Lightning has no public way to the averaged weights.
             self.denoiser = copy.deepcopy(self.average._average_model.module.model).eval()
-            self.search_s = time.perf_counter() - self._started
+            self.search_s = self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Of the fit so far, what earlier processes took up to the checkpoint included."""
+        return time.perf_counter() - self._started
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.total_s = time.perf_counter() - self._started
+        self.total_s = self.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"denoiser": self.denoiser.state_dict(), "search_s": self.search_s, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(state_dict["denoiser"])
+        self.search_s = state_dict["search_s"]
+        self._started = time.perf_counter() - state_dict["seconds"]
+
+
+class LogKeeper(Callback):
+    """Carries in checkpoints what was logged so far, so that a resumed run logs every step exactly once.
+
+    Lightning's CSVLogger begins its file anew, and what the stopped process logged after its last checkpoint is going
+    to be logged again.
+    """
+
+    def __init__(self, logger: CSVLogger, wandb_id: str) -> None:
+        self.logger = logger
+        self.wandb_id = wandb_id
+
+    def state_dict(self) -> dict[str, Any]:
+        # Only the first process logs, and its checkpoint counts.
+        path = Path(self.logger.log_dir, "metrics.csv")
+        lines = path.read_text().splitlines() if rank_zero_only.rank == 0 and path.exists() else []
+        return {"rows": list(csv.DictReader(lines)), "wandb_id": self.wandb_id}
+
+    @rank_zero_only
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.logger.experiment.metrics[:0] = [
+            {name: value for name, value in row.items() if value} for row in state_dict["rows"]
+        ]
+        self.logger.save()
 
 
 class PhaseBar(TQDMProgressBar):
@@ -238,6 +284,20 @@ def read_config(arguments: list[str]) -> DictConfig:
     return config
 
 
+def checkpoint_to_resume(resume: bool | str, last: Path) -> Path | None:
+    """The checkpoint that ``resume`` means: true stands for the last one of the output folder, if there is one."""
+    if isinstance(resume, str):
+        if not Path(resume).is_file():
+            sys.exit(
+                f"digits.py: resume={resume} must be true, false or the path of a checkpoint; there is no such file."
+            )
+        return Path(resume)
+    if not resume:
+        # A run that starts anew must not be resumed from one that was here before, should it be killed early.
+        last.unlink(missing_ok=True)
+    return last if last.exists() else None
+
+
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     config = read_config(arguments)
@@ -255,20 +315,28 @@ def main(arguments: list[str]) -> None:
     pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
     average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
     keeper = DenseKeeper(average)
+    last = output / "checkpoints" / "last.ckpt"
+    checkpoint = checkpoint_to_resume(config.resume, last)
+    # W&B goes on with the run of this name.
+    wandb_id = uuid.uuid4().hex[:8]
+    if checkpoint is not None:
+        wandb_id = torch.load(checkpoint, mmap=True, weights_only=True)["callbacks"]["LogKeeper"]["wandb_id"]
     loggers: list[Logger] = [CSVLogger(output, name="", version="")]
+    logs = LogKeeper(loggers[0], wandb_id)
     if config.wandb.mode != "disabled":
         offline = wandb_is_offline(config.wandb.mode)
-        mode = "offline" if offline else "online"
-        loggers.append(WandbLogger(project=config.wandb.project, save_dir=output, offline=offline, mode=mode))
+        settings = {"offline": offline, "mode": "offline" if offline else "online", "id": wandb_id, "resume": "allow"}
+        loggers.append(WandbLogger(project=config.wandb.project, save_dir=output, **settings))
+    # One file, which each checkpoint replaces.
+    saving = ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False, **config.checkpoint)
     trainer = L.Trainer(
         **config.trainer,
         logger=loggers,
-        callbacks=[average, keeper, *watchers, pruner, PhaseBar(pruner)],
+        callbacks=[average, keeper, *watchers, pruner, logs, PhaseBar(pruner), saving],
         log_every_n_steps=10,
-        enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return  # every rank holds the ensemble now; one is enough to sample from it
 
@@ -310,5 +378,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*many workers|.*logs directory|.*isinstance.treespec")
+    warnings.filterwarnings(
+        "ignore", message=".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
+    )
     main(sys.argv[1:])

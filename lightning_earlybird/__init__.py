@@ -8,6 +8,7 @@ from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.draws import draw_uniform, draw_within
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.importance import NonFiniteWeightsError
+from lightning_earlybird.loading import TicketCheckpoints, load_from_checkpoint
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.parallel.devices import DeviceTable, devices_that_pay_off
 from lightning_earlybird.parallel.liaison import RankLostError
@@ -29,6 +30,7 @@ __all__ = [
     "NonFiniteWeightsError",
     "RankLostError",
     "SearchLimitError",
+    "TicketCheckpoints",
     "TicketEnsemble",
     "TicketEnsembleSampler",
     "TicketFacts",
@@ -42,5 +44,6 @@ __all__ = [
     "devices_that_pay_off",
     "draw_uniform",
     "draw_within",
+    "load_from_checkpoint",
     "plan_tickets",
 ]

@@ -36,6 +36,11 @@ def check_fraction(name: str, value: object, meaning: str) -> None:
         raise ValueError(f"{name}={value!r} must lie in [0, 1]: it is {meaning}.")
 
 
+def plain_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings as checkpoints can carry them: NumPy's floats are floats, but do not load with weights_only=True."""
+    return {name: float(value) if isinstance(value, float) else value for name, value in settings.items()}
+
+
 def check_resumed(given: Mapping[str, object], saved: Mapping[str, object]) -> None:
     """Refuse to go on from a checkpoint under other settings than those that its masks or tickets were made under.
 
@@ -52,3 +57,22 @@ def check_resumed(given: Mapping[str, object], saved: Mapping[str, object]) -> N
                 f"{name}={value!r} does not fit the checkpoint, whose masks and tickets were made with "
                 f"{name}={saved[name]!r}. Resume with that value, or begin a new training."
             )
+
+
+def check_state_version(callback: object, state: Mapping[str, object], newest: int) -> None:
+    """Refuse the state of a callback in a format that is not known.
+
+    Args:
+        callback: Whose state it is.
+        state: What a checkpoint holds of it.
+        newest: The format version that is written now.
+
+    Raises:
+        MisconfigurationException: The message names the version.
+    """
+    version = state.get("format_version")
+    if type(version) is not int or not 1 <= version <= newest:
+        raise MisconfigurationException(
+            f"ckpt_path: the state of {type(callback).__name__} has format_version={version!r}, and this "
+            f"lightning-earlybird reads 1 to {newest}. Upgrade it, or begin a new training."
+        )

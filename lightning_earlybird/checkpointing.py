@@ -2,133 +2,99 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_earlybird.absent import AbsentTicket
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import find_ensemble, forget_training, split_name
-from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
-from lightning_earlybird.masks import TicketMask
-from lightning_earlybird.regions import TimestepPartition
-from lightning_earlybird.structure import resize_
-from lightning_earlybird.tickets import EnsembleRecord
-from lightning_earlybird.transition import averaged_modules, replace_denoiser
+from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.saved_structure import CHECKPOINT_KEY, SavedStructure, check_dtypes, write_structure
+from lightning_earlybird.transition import averaged_modules, replace_denoiser, replace_outside_trainer
 
-CHECKPOINT_KEY = "lightning_earlybird"
-CHECKPOINT_VERSION = 1
+_OF_TICKET = re.compile(r"(^|\.)tickets\.[0-9]+\.")
 
 
 def save_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write into a checkpoint what its weights do not tell of the ensemble; plain containers and tensors only."""
+    """Write into a checkpoint what its weights do not tell of the ensemble; plain containers and tensors only.
+
+    Nothing for an ensemble without a record, which its owner put together by hand and can put together again.
+    """
     found = find_ensemble(module)
-    if found is None:
-        return
-    name, ensemble = found
-    assert ensemble.record is not None
-    checkpoint[CHECKPOINT_KEY] = {
-        "format_version": CHECKPOINT_VERSION,
-        "denoiser": name,
-        "partition": ensemble.partition.to_json(),
-        "timesteps": asdict(ensemble.timesteps),
-        "record": ensemble.record.to_json(),
-        "masks": [mask.state_dict() for mask in ensemble.record.masks],
-        # Of tickets that other ranks train there are no tensors to tell their shapes.
-        "absent": {
-            str(index): {key: list(shape) for key, shape in ticket.shapes().items()}
-            for index, ticket in enumerate(ensemble.tickets)
-            if isinstance(ticket, AbsentTicket)
-        },
-    }
+    if found is not None and found[1].record is not None:
+        checkpoint[CHECKPOINT_KEY] = write_structure(*found)
 
 
-def restore_structure(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+def restore_structure(
+    trainer: pl.Trainer | None,
+    module: pl.LightningModule,
+    checkpoint: Mapping[str, Any],
+    file: str | None = None,
+    *,
+    partial: bool = False,
+) -> None:
     """Give a module with a dense denoiser the structure that a checkpoint was taken with; its weights come later.
 
+    A module that has the structure already is given the checkpoint's regions and record. After an error the module is
+    as it was.
+
+    Args:
+        trainer: The Trainer that loads the checkpoint; None where the module is loaded by itself.
+        module: The LightningModule, changed in place.
+        checkpoint: A checkpoint that nobody vouches for.
+        file: Where it was read, for messages.
+        partial: Whether a dense denoiser may become an ensemble of which other ranks train a part.
+
     Raises:
-        MisconfigurationException: If the structures cannot be reconciled.
+        EnsembleFormatError: If what the checkpoint says of tickets is damaged, or of a newer format.
+        MisconfigurationException: If it cannot be reconciled with the module.
     """
-    state = checkpoint.get(CHECKPOINT_KEY)
+    argument = "checkpoint_path" if trainer is None else "ckpt_path"
+    if file is None:
+        file = str(getattr(trainer, "ckpt_path", None) or "the checkpoint")
+    structure = SavedStructure.read(checkpoint, file)
     present = find_ensemble(module)
-    if state is None:
-        if present is not None:
+    if structure is None:
+        if present is not None and present[1].record is not None:
             raise MisconfigurationException(
-                f"ckpt_path: the checkpoint was taken before the switch, but {present[0]!r} already holds tickets. "
+                f"{argument}: the checkpoint was taken before the switch, but {present[0]!r} already holds tickets. "
                 "Build a fresh module and load the checkpoint into that."
             )
+        _refuse_undescribed(argument, module, checkpoint)
         return
-    if state["format_version"] > CHECKPOINT_VERSION:
+    if structure.absent and present is None and not partial:
         raise MisconfigurationException(
-            f"ckpt_path: its tickets have format version {state['format_version']}, and this lightning-earlybird reads "
-            f"up to {CHECKPOINT_VERSION}. Upgrade it."
-        )
-    name = state["denoiser"]
-    record = EnsembleRecord.from_json(state["record"], [TicketMask.from_state_dict(mask) for mask in state["masks"]])
-    partition = TimestepPartition.from_json(state["partition"])
-    timesteps = TimestepArgument(**state["timesteps"])
-    prefix = f"{name}.tickets."
-    shapes: list[dict[str, torch.Size]] = [{} for _ in partition]
-    for key, tensor in checkpoint["state_dict"].items():
-        if key.startswith(prefix):
-            ticket, dense_name = split_name(key.removeprefix(f"{name}."))
-            shapes[ticket][dense_name] = tensor.shape
-    absent = {int(index): own for index, own in state.get("absent", {}).items()}
-    for index, own in absent.items():
-        shapes[index] = {key: torch.Size(shape) for key, shape in own.items()}
-    if present is not None and set(present[1].hosted) & set(absent):
-        raise MisconfigurationException(
-            f"ckpt_path: the checkpoint lacks the tickets {sorted(absent)}, which other ranks trained, and the module "
-            "has them. Load it into a fresh module, or go by the ensemble that the pruner writes at the end."
+            f"{argument}: the checkpoint lacks the tickets {sorted(structure.absent)} of {len(structure.shapes)}, "
+            "which other ranks trained under MultiTicketStrategy. Load the ensemble that the pruner writes at the end, "
+            "or put the groups' checkpoints together with TicketEnsembleSampler.from_checkpoint([...])."
         )
     if present is not None:
-        own_shapes = [
-            ticket.shapes()
-            if isinstance(ticket, AbsentTicket)
-            else {key: value.shape for key, value in ticket.state_dict().items()}
-            for ticket in present[1].tickets
-        ]
-        if own_shapes != shapes:
-            raise MisconfigurationException(
-                f"ckpt_path: its tickets have other shapes than those in {present[0]!r}. Build a fresh module and load "
-                "the checkpoint into that."
-            )
-        # Shapes alone do not tell how channels are shared out over attention heads and norm groups.
-        if present[1].record is None or present[1].record.edits != record.edits:
-            raise MisconfigurationException(
-                f"ckpt_path: its tickets have other attention heads or norm groups than those in {present[0]!r}. Build "
-                "a fresh module and load the checkpoint into that."
-            )
-        for root in (module, *averaged_modules(trainer)):
-            ensemble = root.get_submodule(present[0])
+        _check_same(argument, present, structure)
+        for root in (module, *(averaged_modules(trainer) if trainer is not None else [])):
+            ensemble = root.get_submodule(structure.denoiser)
             assert isinstance(ensemble, TicketEnsemble)
-            ensemble.partition, ensemble.timesteps, ensemble.record = partition, timesteps, record
+            ensemble.partition, ensemble.timesteps = structure.partition, structure.timesteps
+            ensemble.record = structure.record
         return
-
-    def build(dense: nn.Module) -> nn.Module:
-        tickets: list[nn.Module] = [
-            resize_(copy.deepcopy(dense), shape, edits) for shape, edits in zip(shapes, record.edits, strict=True)
-        ]
-        for index in absent:
-            tickets[index] = AbsentTicket(tickets[index])
-        ensemble = TicketEnsemble(tickets, partition, timesteps)
-        ensemble.record = record
-        return ensemble
-
+    name = structure.denoiser
     try:
-        forget_training(trainer, unwrap(module.get_submodule(name)))
-        replace_denoiser(trainer, module, name, build, lambda _, tensor: tensor, lambda new: split_name(new)[1])
+        dense = unwrap(module.get_submodule(name))
+        structure.check(dense)
     except (AttributeError, ValueError) as error:
         raise MisconfigurationException(
-            f"ckpt_path: the tickets in the checkpoint do not fit this module's denoiser {name!r}: {error} Build the "
+            f"{argument}: the tickets in the checkpoint do not fit this module's denoiser {name!r}: {error} Build the "
             "module that the checkpoint was taken from."
         ) from error
+    if trainer is None:
+        replace_outside_trainer(module, name, structure.build, _dense_name)
+        return
+    forget_training(trainer, dense)
+    replace_denoiser(trainer, module, name, structure.build, lambda _, tensor: tensor, _dense_name)
 
 
 def follow_checkpoints(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], None]:
@@ -141,7 +107,7 @@ def follow_checkpoints(trainer: pl.Trainer, module: pl.LightningModule) -> Calla
 
     # Closures and not bound methods: WeightAveraging deep-copies the module, and must not clone callbacks with it.
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        restore_structure(trainer, module, checkpoint)
+        restore_structure(trainer, module, checkpoint, partial=True)
         own_load(checkpoint)
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -157,3 +123,56 @@ def follow_checkpoints(trainer: pl.Trainer, module: pl.LightningModule) -> Calla
                 del module.__dict__[name]
 
     return undo
+
+
+def _refuse_undescribed(argument: str, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse tickets that nothing is said of; where names need not match, the module would stay dense in silence."""
+    weights = checkpoint.get("state_dict")
+    names = (
+        [key for key in weights if isinstance(key, str) and _OF_TICKET.search(key)] if isinstance(weights, dict) else []
+    )
+    unknown = sorted(set(names) - set(module.state_dict())) if names else []
+    if unknown:
+        raise MisconfigurationException(
+            f"{argument}: the checkpoint holds tickets ({unknown[0]!r}) that it does not describe: it was saved by a "
+            "Trainer without a TimestepAwarePruner, from a module without TicketCheckpoints. Load an earlier "
+            "checkpoint of the tickets, and then this one's weights with load_state_dict."
+        )
+
+
+def _check_same(argument: str, present: tuple[str, TicketEnsemble], structure: SavedStructure) -> None:
+    """Refuse a checkpoint whose weights would mean something else in the tickets that are there."""
+    name, ensemble = present
+    remedy = "Build a fresh module and load the checkpoint into that."
+    if name != structure.denoiser:
+        raise MisconfigurationException(
+            f"{argument}: its tickets stand in {structure.denoiser!r}, but the module has tickets in {name!r}. {remedy}"
+        )
+    if set(ensemble.hosted) & structure.absent:
+        raise MisconfigurationException(
+            f"{argument}: the checkpoint lacks the tickets {sorted(structure.absent)}, which other ranks trained, and "
+            "the module has them. Load it into a fresh module, or go by the ensemble that the pruner writes at the end."
+        )
+    shapes = tuple(
+        ticket.shapes()
+        if isinstance(ticket, AbsentTicket)
+        else {key: value.shape for key, value in ticket.state_dict().items()}
+        for ticket in ensemble.tickets
+    )
+    if shapes != structure.shapes:
+        raise MisconfigurationException(f"{argument}: its tickets have other shapes than those in {name!r}. {remedy}")
+    # Shapes alone do not tell how channels are shared out over attention heads and norm groups.
+    if ensemble.record is None or ensemble.record.edits != structure.record.edits:
+        raise MisconfigurationException(
+            f"{argument}: its tickets have other attention heads or norm groups than those in {name!r}. {remedy}"
+        )
+    for index, (ticket, dtypes) in enumerate(zip(ensemble.tickets, structure.dtypes, strict=True)):
+        try:
+            if not isinstance(ticket, AbsentTicket):
+                check_dtypes(ticket, dtypes)
+        except ValueError as error:
+            raise MisconfigurationException(f"{argument}: ticket {index} does not fit {name!r}: {error}") from error
+
+
+def _dense_name(name: str) -> str:
+    return split_name(name)[1]

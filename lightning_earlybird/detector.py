@@ -14,11 +14,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_fraction, check_positive, check_resumed
+from lightning_earlybird.arguments import (
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_resumed,
+    check_state_version,
+    plain_settings,
+)
 from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
+from lightning_earlybird.checkpoint_io import write_whole_checkpoints
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
-from lightning_earlybird.continuation import begins_anew
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.importance import Criterion, NonFiniteGradientsError, check_criterion
@@ -26,6 +33,7 @@ from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_metrics, ticket_table
+from lightning_earlybird.resume import Continuing, begins_anew
 from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
 from lightning_earlybird.structure import Norm
@@ -35,7 +43,7 @@ from lightning_earlybird.transition import averaged_modules, check_supported, in
 _MOST_UNSOUND = 5
 
 
-class EarlyBirdDetector(pl.Callback):
+class EarlyBirdDetector(Continuing):
     """Finds early-bird tickets: channel masks that have stopped changing while the dense denoiser trains.
 
     At each check the denoiser's channels are scored, one mask per sparsity is drawn, and its distance to the masks
@@ -172,6 +180,7 @@ class EarlyBirdDetector(pl.Callback):
         self._unsound = 0  # checks in a row that have failed for their gradients
         self._namespace = "earlybird"  # what names of metrics begin with
         self._unfollow: Callable[[], None] | None = None
+        self._saved_call: dict[str, Any] | None = None  # of a checkpoint
 
     # --- outcomes
 
@@ -238,13 +247,16 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if self.on_emergence == "prune":
             self._leave_checkpoints()
             self._unfollow = follow_checkpoints(trainer, pl_module)
         self._fitting = stage == "fit"
+        self._saved_call = None
         if not self._fitting:
             return
         check_supported(trainer, pl_module)
+        write_whole_checkpoints(trainer)
         if self._scorer.gradients is not None:
             self._scorer.gradients.check(pl_module)
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -266,6 +278,7 @@ class EarlyBirdDetector(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         # With another criterion there is no state under this key, and the search would silently begin anew. The state
         # of a like detector that is not here any more stands for it, which `load_state_dict` takes or refuses: written
         # before the criterion belonged to the key, or under other settings.
@@ -286,7 +299,11 @@ class EarlyBirdDetector(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._finish_if_replaced(pl_module)
+        call, self._saved_call = self._saved_call, None
+        if call is not None and self.found is None and not self._finished:
+            self._find(trainer, pl_module, DenoiserCall.from_state_dict(call, pl_module.device))
         if self.weights == "auto" and averaged_modules(trainer) and not self._finished:
             rank_zero_info(
                 "EarlyBirdDetector: masks are drawn from the raw weights; weights='ema' would draw them from the "
@@ -345,16 +362,19 @@ class EarlyBirdDetector(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.on_emergence == "prune":
             save_structure(pl_module, checkpoint)  # after the fit, the module's own hook is no longer followed
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._stop_probe()  # Lightning does not tear down after an exception
         self._leave_checkpoints()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._stop_probe()
         self._leave_checkpoints()
 
@@ -534,7 +554,7 @@ class EarlyBirdDetector(pl.Callback):
     @property
     def _settings(self) -> dict[str, Any]:
         """What masks depend on besides the weights of the denoiser, in plain types."""
-        return {**self._kind, **asdict(self._allocation)}
+        return plain_settings({**self._kind, **asdict(self._allocation)})
 
     @property
     def _denoiser(self) -> str | None:
@@ -664,13 +684,17 @@ class EarlyBirdDetector(pl.Callback):
             "search": self._search.state_dict(),
             "last_check_step": self._last_check_step,
             "finished": self._finished,
+            # For the denoiser to be known from the first batch of a resumed fit on, which may be that of the switch.
+            "call": None if self.found is None else self.found.call.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._fitting:
             return  # tests and predictions search for nothing, and no pruner has said by what regions
-        check_resumed(self._settings, state_dict.get("settings", {}))
+        check_state_version(self, state_dict, newest=1)
+        check_resumed(self._settings, state_dict.get("settings", {}))  # absent from the first ones of this version
         self._search.load_state_dict(state_dict["search"])
         self._last_check_step = state_dict["last_check_step"]
         self._finished = state_dict["finished"]
+        self._saved_call = state_dict.get("call")

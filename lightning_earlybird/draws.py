@@ -161,7 +161,8 @@ def rounded(bound: float, dtype: torch.dtype) -> float:
         dtype: That of the timesteps.
 
     Returns:
-        The nearest number of a floating dtype, or the least integer that is not below the bound.
+        The nearest number of a floating dtype, or the least integer that is not below the bound; infinity where no
+        integer of 64 bits is as large.
     """
     if math.isinf(bound):
         return bound
@@ -169,7 +170,9 @@ def rounded(bound: float, dtype: torch.dtype) -> float:
         # In its own dtype a timestep can equal a bound such as 0.24 exactly; in float64 the float32 value lies below.
         return float(torch.tensor(bound, dtype=dtype))
     # For an integer t and any real b: t >= b is t >= ceil(b), and likewise t < b; no rounding of large t to float.
-    return math.ceil(bound)
+    whole = math.ceil(bound)
+    # Tensors compare with larger integers wrongly, or not at all.
+    return whole if -(2**63) <= whole < 2**63 else math.copysign(math.inf, whole)
 
 
 def check_number(name: str, value: Any) -> None:
@@ -180,6 +183,8 @@ def check_number(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         raise ValueError(f"{name}={value!r} must be a plain int or float and not NaN; an open end is -inf or inf.")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} is an integer of {value.bit_length()} bits, and must fit into 64; use -inf or inf.")
 
 
 def check_interval(start: float, stop: float) -> None:

@@ -33,7 +33,7 @@ class TimestepArgument:
         trailing: Dimensions of size 1 after the batch that they come with: 0 for (B,), 3 for (B, 1, 1, 1).
 
     Raises:
-        ValueError: If both are None, or the position is negative.
+        ValueError: If both are None, the position is negative, or there are more dimensions than tensors have.
     """
 
     name: str | None
@@ -48,6 +48,11 @@ class TimestepArgument:
             )
         if self.position is not None and self.position < 0:
             raise ValueError(f"TimestepArgument(position={self.position}): must be 0 or more; count from the front.")
+        if not 0 <= self.trailing < 64:
+            raise ValueError(
+                f"TimestepArgument(trailing={self.trailing}): must be at least 0 and below 64, as tensors have at most "
+                "64 dimensions; use 0 for timesteps of shape (batch_size,)."
+            )
 
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The timesteps of a call.

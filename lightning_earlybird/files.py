@@ -1,15 +1,14 @@
-"""Files that nobody vouches for: JSON read with the place of every fault, directories written whole or not at all."""
+"""Files that nobody vouches for: JSON read with the place of every fault."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import reprlib
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +16,16 @@ T = TypeVar("T")
 
 # No separators, no drive, no leading dot: such a name cannot lead out of its directory.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+# Far beyond what anybody writes: a thousand tickets of a thousand tensors each are some 60 MB.
+_LARGEST_DOCUMENT_BYTES = 1 << 26
+_DEEPEST_NESTING = 64
+_LARGEST_INTEGER = 2**63 - 1
+
+_LINK_REMEDY = (
+    "links are not followed, as they may lead out of the directory: copy it with `cp -rL`, or download it with "
+    "`local_dir=`"
+)
 
 
 class EnsembleFormatError(ValueError):
@@ -40,7 +49,7 @@ class Field:
     def fail(self, problem: str) -> NoReturn:
         """Raises the error that names this field's file and path."""
         place = f"field '{self.path}'" if self.path else "the document"
-        raise EnsembleFormatError(f"{self.file}: {place} {problem}")
+        raise EnsembleFormatError(f"{self.file}: {_presentable(f'{place} {problem}')}")
 
     def __getitem__(self, key: str) -> Field:
         """The member of an object; it must exist."""
@@ -67,10 +76,12 @@ class Field:
         return self._typed(str, "a string")
 
     def integer(self, minimum: int = 0) -> int:
-        """The value, which must be an integer of at least ``minimum``."""
+        """The value, which must be an integer of at least ``minimum`` that fits into 64 bits."""
         value = self._typed(int, "an integer")
         if isinstance(self.value, bool) or value < minimum:
-            self.fail(f"is {self.value!r}, expected an integer of at least {minimum}.")
+            self.fail(f"is {_shortened(self.value)}, expected an integer of at least {minimum}.")
+        if value > _LARGEST_INTEGER:
+            self.fail(f"is {_shortened(value)}, expected an integer of at most {_LARGEST_INTEGER}.")
         return value
 
     def boolean(self) -> bool:
@@ -89,12 +100,14 @@ class Field:
             self.fail(f"is not valid: {error}")
 
     def file_in(self, directory: Path) -> Path:
-        """The existing regular file that the value names, directly inside ``directory``."""
+        """The existing regular file that the value names, directly inside ``directory`` and not a link."""
         name = self.text()
         if not _PLAIN_NAME.fullmatch(name):
             self.fail(f"is {name!r}, expected the plain name of a file in the same directory.")
         path = directory / name
-        if not path.is_file():
+        if path.is_symlink():
+            self.fail(f"names {name!r}, which is a link in {str(directory)!r}; {_LINK_REMEDY}.")
+        if not is_plain_file(path):
             self.fail(f"names the file {name!r}, which is not in {str(directory)!r}; copy the whole directory.")
         return path
 
@@ -112,18 +125,44 @@ class Field:
 def read_json(path: Path) -> Field:
     """Reads a JSON document.
 
+    Stricter than Python's parser: a key may stand in an object once, numbers must be finite.
+
     Raises:
-        EnsembleFormatError: If the file does not exist or is not JSON.
+        EnsembleFormatError: If the file does not exist, is not JSON, or is larger or nested deeper than any real one.
     """
     root = Field(None, str(path))
-    if not path.is_file():
+    if path.is_symlink():
+        root.fail(f"cannot be read: it is a link; {_LINK_REMEDY}.")
+    if not is_plain_file(path):
         root.fail("cannot be read: there is no such file. Pass the directory that holds it.")
     try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        root.fail(f"cannot be read: {error}.")
+    if len(data) > _LARGEST_DOCUMENT_BYTES:
+        root.fail(f"has more than {_LARGEST_DOCUMENT_BYTES:,} bytes; this is something else.")
+    try:
         # RecursionError: nesting that is deeper than any real document's.
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_each_key_once,
+        )
     except (ValueError, RecursionError) as error:
         root.fail(f"is not valid JSON ({error}); the file is damaged or truncated.")
+    if _nesting(value) > _DEEPEST_NESTING:
+        root.fail(f"is nested more than {_DEEPEST_NESTING} levels deep; this is something else.")
     return Field(value, str(path))
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a regular file; a link to one is none, nor is a name that the file system cannot hold."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def sha256_of(path: Path) -> str:
@@ -135,58 +174,47 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def written_aside(directory: Path) -> Iterator[Path]:
-    """Gives an empty directory to write into, which takes the place of ``directory`` if and only if the block succeeds.
-
-    It lies in the same parent, so that the last step is a rename; what was there before is removed after that.
-
-    Args:
-        directory: Where the files are to appear. Whether it may be replaced is the caller's decision.
-
-    Yields:
-        The directory to write into.
-    """
-    target = directory.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:12]
-    aside = target.parent / f".{target.name}.{token}.partial"
-    former = target.parent / f".{target.name}.{token}.former"
-    aside.mkdir()
-    try:
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if target.exists():
-            target.rename(former)
-        try:
-            aside.rename(target)
-        except OSError:
-            if former.exists():
-                former.rename(target)
-            raise
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    if former.exists():
-        shutil.rmtree(former, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a directory's list of files, is on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return members
+
+
+def _nesting(value: Any) -> int:
+    """Levels of arrays and objects; counted without recursion, which deep ones would exhaust."""
+    level, depth = [value], 0
+    while containers := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
+
+
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    # Not `repr`, which recurses, and writes out all of a value that may be millions of entries long.
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
+
+
+def _presentable(text: str) -> str:
+    """Text out of a file as it may stand in a message: of bounded length, and nothing that steers a terminal."""
+    if len(text) > 2000:
+        text = f"{text[:1500]} ... {text[-500:]}"
+    return "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)

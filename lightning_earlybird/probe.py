@@ -1,9 +1,11 @@
 """Finding the denoiser: the module that receives noisy samples with their timesteps in a training batch."""
 
+from __future__ import annotations
+
 import contextlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -60,6 +62,35 @@ class DenoiserCall:
     sample_shape: tuple[int, ...]
     seen: Tensor
     rivals: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The call in tensors and plain containers; None if an argument is something else."""
+        if not all(_is_plain(value) for value in (*self.args, *self.kwargs.values())):
+            return None
+        return {
+            "name": self.name,
+            "args": list(self.args),
+            "kwargs": dict(self.kwargs),
+            "timesteps": asdict(self.timesteps),
+            "sample_shape": list(self.sample_shape),
+            "seen": self.seen,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> DenoiserCall:
+        """Inverse of :meth:`state_dict`, with the arguments on a device."""
+
+        def moved(leaf: Any) -> Any:
+            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        return cls(
+            name=state["name"],
+            args=tree_map(moved, tuple(state["args"])),
+            kwargs=tree_map(moved, dict(state["kwargs"])),
+            timesteps=TimestepArgument(**state["timesteps"]),
+            sample_shape=tuple(state["sample_shape"]),
+            seen=state["seen"],
+        )
 
     def for_network(self, network: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with floating-point tensors in the network's dtype: outside of autocast they must agree."""
@@ -255,6 +286,15 @@ def read_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mappi
         seen=timesteps.detach().reshape(-1).to("cpu", copy=True),
         rivals=tuple(key or f"number {at}" for key, at, _ in per_sample) if not named and len(per_sample) > 1 else (),
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold the value without pickling a class."""
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(each) for key, each in value.items())
+    return type(value) in (Tensor, bool, int, float, str, type(None))
 
 
 def _is_batch(leaf: Any) -> bool:

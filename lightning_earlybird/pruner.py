@@ -19,11 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_earlybird.arguments import check_choice, check_positive, check_resumed
+from lightning_earlybird.arguments import (
+    check_choice,
+    check_positive,
+    check_resumed,
+    check_state_version,
+    plain_settings,
+)
 from lightning_earlybird.budget import Allocation, Heads, Scope, Target
+from lightning_earlybird.checkpoint_io import write_whole_checkpoints
 from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
-from lightning_earlybird.continuation import begins_anew
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
@@ -40,6 +46,7 @@ from lightning_earlybird.reporting import (
     ticket_metrics,
     ticket_table,
 )
+from lightning_earlybird.resume import Continuing, begins_anew
 from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.search import SearchKey, describe, short_name
 from lightning_earlybird.strategy import MultiTicketStrategy
@@ -54,7 +61,7 @@ class SearchLimitError(RuntimeError):
     """Tickets had not emerged by ``max_search_steps``, and ``on_search_limit="raise"`` asked to be told."""
 
 
-class TimestepAwarePruner(pl.Callback):
+class TimestepAwarePruner(Continuing):
     """Gives each stretch of the time axis a network of its own, as sparse as it can bear, in the middle of a fit.
 
     The dense denoiser trains until the tickets of all regions have emerged (see :class:`EarlyBirdDetector`). Then, in
@@ -176,7 +183,7 @@ class TimestepAwarePruner(pl.Callback):
         self._losses: dict[int, SwitchLoss] = {}  # by ticket, where tickets train apart
         self._unfollow: Callable[[], None] | None = None
         self._clock: StepClock | None = None
-        self._trained = False  # whether this fit has come to its training
+        self._ended = False
 
     @property
     def phase(self) -> Literal["search", "tickets"]:
@@ -187,11 +194,13 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._leave_checkpoints()
         self._unfollow = follow_checkpoints(trainer, pl_module)
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
+        write_whole_checkpoints(trainer)
         gone = self.switched_at is not None and find_ensemble(pl_module) is None  # tickets of an earlier module
         if begins_anew(trainer, pl_module, self) or gone:
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
@@ -216,7 +225,7 @@ class TimestepAwarePruner(pl.Callback):
             check_name(pl_module, self.denoiser)
         check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
-        self._clock, self._trained = None, False
+        self._clock, self._ended = None, False
         if isinstance(trainer.strategy, MultiTicketStrategy):
             self._clock = StepClock(trainer.strategy.root_device)
             assert self.directory is not None
@@ -226,7 +235,7 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trained = True
+        super().on_train_start(trainer, pl_module)
         present = find_ensemble(pl_module)
         if present is None and self._saved is not None:
             self._take_saved(trainer, pl_module, self._saved)
@@ -270,6 +279,7 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended = True
         for prefix, loss, _ in self._switch_losses(trainer, None):
             log_metrics(trainer, {prefix + name: value for name, value in loss.end().items()})
         if isinstance(trainer.strategy, MultiTicketStrategy) and trainer.strategy.is_split:
@@ -291,25 +301,32 @@ class TimestepAwarePruner(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Resumed at its end, as one whose ensemble found no room the first time, a fit does not start its training.
-        found = None if self._trained else find_ensemble(pl_module)
-        if found is not None and len(found[1].hosted) == len(found[1].tickets):
-            self._write_ensemble(trainer, pl_module)
+        # Resumed from a checkpoint of the last step, a fit ends before it begins: nothing is left to train, but the
+        # ensemble may be missing if the process was killed before it was written.
+        present = find_ensemble(pl_module)
+        if isinstance(trainer.strategy, MultiTicketStrategy) or self._ended or present is None:
+            return
+        if trainer.fit_loop.done:
+            self._resume(trainer, *present)
+            self.on_train_end(trainer, pl_module)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         save_structure(pl_module, checkpoint)  # after the fit, the module's own hook is no longer followed
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(trainer.strategy, MultiTicketStrategy):
             trainer.strategy.report(exception)
+        super().on_exception(trainer, pl_module, exception)
         self._leave_checkpoints()  # Lightning does not tear down after an exception
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._leave_checkpoints()
 
     # --- the search and its end
@@ -540,7 +557,7 @@ class TimestepAwarePruner(pl.Callback):
     @property
     def _settings(self) -> dict[str, Any]:
         """What tickets are made by besides their regions, in plain types; saved ones bring their own."""
-        return {} if self._partition is None else {**asdict(self._allocation), "norm": self.norm}
+        return {} if self._partition is None else plain_settings({**asdict(self._allocation), "norm": self.norm})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -549,13 +566,22 @@ class TimestepAwarePruner(pl.Callback):
             "settings": self._settings,
             "switched_at": self.switched_at,
             "initial_weights": self._initial,
+            "losses": self._loss.state_dict(),
+            "losses_by_ticket": {str(ticket): loss.state_dict() for ticket, loss in self._losses.items()},
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved_settings = state_dict.get("settings", {})
+        check_state_version(self, state_dict, newest=1)
+        self._saved_settings = state_dict.get("settings", {})  # absent from the first ones of this version
         self.switched_at = state_dict["switched_at"]
         self._initial = state_dict["initial_weights"]
+        if "losses" in state_dict:
+            self._loss.load_state_dict(state_dict["losses"])
+        self._losses = {}
+        for ticket, losses in state_dict.get("losses_by_ticket", {}).items():
+            self._losses[int(ticket)] = SwitchLoss()
+            self._losses[int(ticket)].load_state_dict(losses)
 
 
 def _default_directory(trainer: pl.Trainer) -> Path:

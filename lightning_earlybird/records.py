@@ -6,18 +6,29 @@ import copy
 import importlib
 import inspect
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.files import Field
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
+
+# More than any width, length or vocabulary in a configuration; what is built from it stays small enough to be refused.
+_LARGEST_SETTING = 2**24
 
 Edits = dict[str, dict[str, int | list[int]]]
 """Module name -> width attribute -> value: what a ticket differs in from the dense network besides its tensors."""
@@ -92,6 +103,21 @@ class EnsembleRecord:
     facts: tuple[TicketFacts, ...] = ()
     sample_shape: tuple[int, ...] | None = None
 
+    def check_masks(self) -> None:
+        """Refuses masks that do not belong together, or not to the facts.
+
+        Raises:
+            ValueError: If two masks are over other channels, or the facts count other channels than a mask has.
+        """
+        for number, mask in enumerate(self.masks):
+            self.masks[0].check_same_groups(mask)
+            counted = (mask.num_channels, mask.num_kept)
+            if self.facts and self.facts[number].channels != counted:
+                raise ValueError(
+                    f"the mask of ticket {number} keeps {counted[1]} of {counted[0]} channels, but its facts say "
+                    f"{self.facts[number].channels[1]} of {self.facts[number].channels[0]}; they do not belong together"
+                )
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the masks, in plain containers that JSON and Lightning checkpoints can carry."""
         return {
@@ -109,13 +135,17 @@ class EnsembleRecord:
             EnsembleFormatError: If a field is missing or has the wrong type; the message names it.
         """
         root = Field(dict(data), "the ensemble's record")
-        return cls(
+        record = cls(
             denoiser=root["denoiser"].optional(read_denoiser),
             edits=tuple(read_edits(field) for field in root["edits"].elements()),
             masks=tuple(masks),
             facts=tuple(read_facts(field) for field in root["facts"].elements()),
             sample_shape=root["sample_shape"].optional(read_shape),
         )
+        if {len(record.edits)} != {len(each) for each in (record.edits, record.masks, record.facts) if each}:
+            root.fail(f"has {len(record.edits)} edits, {len(record.masks)} masks and {len(record.facts)} facts.")
+        root["facts"].parsed(lambda _: record.check_masks())
+        return record
 
 
 def describe_denoiser(module: nn.Module) -> dict[str, Any] | None:
@@ -141,6 +171,7 @@ def describe_denoiser(module: nn.Module) -> dict[str, Any] | None:
         arguments = inspect.signature(network.__init__).parameters
         values = {name: value for name, value in dict(module.config).items() if name in arguments}
         config = json.loads(json.dumps(values, allow_nan=False))
+        _check_settings(config)
         with torch.device("meta"):
             twin = network(**config)
     except Exception:  # a constructor may raise anything; the network then needs a factory
@@ -183,11 +214,30 @@ def build_dense(factory: Callable[[], nn.Module] | None, field: Field) -> nn.Mod
     return built
 
 
+def sketch_dense(field: Field, num_tensors: int) -> nn.Module:
+    """The dense network of a description on the meta device: its names and shapes, at no cost in memory.
+
+    Args:
+        field: Where the description was read.
+        num_tensors: How many tensors a ticket of it has; a network of many more is given up while it is being built.
+
+    Raises:
+        EnsembleFormatError: As for :func:`build_dense`, or if the network is far from having so few tensors.
+    """
+    # Modules count as well, and constructors may replace what they have built: 3.6 times as many as tensors is the most
+    # that a model of diffusers 0.42 has.
+    with torch.device("meta"), _no_more_parts(16 * num_tensors + 1000):
+        return build_dense(None, field)
+
+
 def read_denoiser(field: Field) -> dict[str, Any]:
     """A description of the dense network; whether it builds one is for :func:`build_dense` to see."""
     if field["library"].text() != "diffusers":
         field["library"].fail(f"is {field['library'].value!r}, expected 'diffusers' (or null for the whole denoiser).")
-    return {"library": "diffusers", "class": field["class"].text(), "config": field["config"].mapping()}
+    config = field["config"]
+    config.mapping()
+    config.parsed(_check_settings)
+    return {"library": "diffusers", "class": field["class"].text(), "config": config.value}
 
 
 def read_edits(field: Field) -> Edits:
@@ -226,8 +276,11 @@ def _read_target(field: Field) -> str:
 
 
 def read_shape(field: Field) -> tuple[int, ...]:
-    """A shape: an array of positive integers."""
-    return tuple(size.integer(1) for size in field.elements())
+    """A shape: an array of positive integers, of a tensor that could exist."""
+    shape = tuple(size.integer(1) for size in field.elements())
+    if math.prod(shape) > 2**40 or len(shape) > 60:
+        field.fail(f"is the shape of {math.prod(shape):.0e} numbers in {len(shape)} dimensions, which nothing has.")
+    return shape
 
 
 def _read_pair(field: Field) -> tuple[int, int]:
@@ -244,12 +297,59 @@ def _diffusers_class(name: str) -> Callable[..., nn.Module] | None:
     if not re.fullmatch("[A-Z][A-Za-z0-9]*", name):
         return None
     try:
-        found: Any = getattr(diffusers, name)
+        # Among the models only: a name of a pipeline would have that imported, and transformers with it.
+        found: Any = getattr(importlib.import_module("diffusers.models"), name)
     except (AttributeError, RuntimeError):  # RuntimeError: the class needs a library that is not installed
         return None
     if isinstance(found, type) and issubclass(found, diffusers.ModelMixin) and issubclass(found, diffusers.ConfigMixin):
         return found
     return None
+
+
+def _check_settings(config: Any) -> None:
+    """Refuses a configuration with a number that no network is built with; whatever is nested in it, too."""
+    left = [config]
+    while left:
+        value = left.pop()
+        if isinstance(value, (list, tuple)):
+            left.extend(value)
+        elif isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, int) and abs(value) > _LARGEST_SETTING:
+            raise ValueError(
+                f"a setting is above {_LARGEST_SETTING:,}; pass denoiser=, a function that builds the dense network, "
+                "if that is meant"
+            )
+
+
+class _TooManyPartsError(Exception):
+    """A network under construction cannot be the one that it should be."""
+
+
+@contextmanager
+def _no_more_parts(limit: int) -> Iterator[None]:
+    """Gives up the construction of networks, in this thread and block, at more tensors and modules than ``limit``."""
+    thread, count = threading.get_ident(), 0
+
+    def visit(module: nn.Module, name: str, part: Any) -> None:
+        nonlocal count
+        # torch knows hooks for all modules only; other threads may be building theirs.
+        if threading.get_ident() != thread:
+            return
+        count += 1
+        if count > limit:
+            raise _TooManyPartsError("it has many more layers than its tickets have tensors")
+
+    handles = [
+        register_module_parameter_registration_hook(visit),
+        register_module_module_registration_hook(visit),
+        register_module_buffer_registration_hook(visit),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _removed(pair: tuple[int, int]) -> float:

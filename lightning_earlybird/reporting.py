@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
 from lightning_earlybird.convergence import MaskWindow
+from lightning_earlybird.durable import file_written_aside
 from lightning_earlybird.records import TicketFacts
 from lightning_earlybird.regions import TimestepRegion
 from lightning_earlybird.search import SearchKey, describe
@@ -171,14 +172,15 @@ def log_ticket_table(trainer: Trainer, name: str, facts: Sequence[TicketFacts], 
 
 
 def save_figure(figure: "Figure", path: str | PathLike[str]) -> None:
-    """Writes a figure to a PNG file.
+    """Writes a figure to a PNG file, which appears whole or not at all.
 
     Args:
         figure: The figure.
         path: The file; missing folders are made, an existing file is replaced.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", facecolor="white")
+    with file_written_aside(Path(path)) as file:
+        figure.savefig(file, format="png", facecolor="white")
 
 
 def ticket_rows(facts: Sequence[TicketFacts]) -> list[list[Cell]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_earlybird.checkpoint_tickets import PathLike, Weights, load_tickets
 from lightning_earlybird.ensemble import TicketEnsemble, map_tensors
 from lightning_earlybird.tickets import load_ensemble, save_ensemble
 
@@ -89,6 +90,35 @@ class TicketEnsembleSampler(TicketEnsemble):
             ValueError: If the network is not a diffusers model and ``denoiser`` is None.
         """
         return cls._of(load_ensemble(directory, denoiser))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: PathLike | Sequence[PathLike],
+        denoiser: Callable[[], nn.Module] | None = None,
+        *,
+        weights: Weights = "auto",
+    ) -> TicketEnsembleSampler:
+        """A sampler from a Lightning checkpoint that was taken after the switch, without Trainer and module.
+
+        Nothing is unpickled, and of the file only the tickets are read. The random state of the CPU is left as it was.
+
+        Args:
+            path: The checkpoint. Where groups of ranks trained different tickets (:class:`MultiTicketStrategy`), a list
+                with one of each group; they may be of different steps.
+            denoiser: Builds the dense network; needed where that is not a diffusers model.
+            weights: ``"ema"`` for those that a ``WeightAveraging`` callback kept, ``"raw"`` for the live ones;
+                ``"auto"`` is averaged where there are such, as in :meth:`from_trainer`.
+
+        Raises:
+            EnsembleFormatError: If the file is damaged, or of a newer format; the message names the field.
+            ValueError: If the checkpoint holds no tickets, a part of them only, or not those weights; if they do not
+                fit the network; or if the network is not a diffusers model and ``denoiser`` is None.
+        """
+        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        if not paths:
+            raise ValueError("path=[] must name at least one checkpoint.")
+        return cls._of(load_tickets(paths, denoiser, weights))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes the ensemble as safetensors and JSON; see :func:`~.tickets.save_ensemble`.

@@ -157,8 +157,10 @@ def describe(key: SearchKey) -> str:
 
 
 def _plain(key: SearchKey) -> float | list[float]:
-    """For checkpoints, which hold no classes."""
-    return [key.start, key.stop, key.sparsity] if isinstance(key, TimestepRegion) else key
+    """For checkpoints, which hold no classes; nor NumPy's floats, which bounds may be."""
+    if not isinstance(key, TimestepRegion):
+        return float(key)
+    return [float(value) if isinstance(value, float) else value for value in (key.start, key.stop, key.sparsity)]
 
 
 def check_sparsities(sparsities: Sequence[float]) -> None:

@@ -43,6 +43,16 @@ class SwitchLoss:
             return {"earlybird/loss_before_switch": before, "earlybird/loss_at_switch": float(self._after[0])}
         return self._recovered() if len(self._after) == self.steps else {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The losses so far, in tensors and plain containers."""
+        before = [loss.cpu() for loss in self._before]
+        return {"before": before, "after": None if self._after is None else [loss.cpu() for loss in self._after]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._before = deque(state["before"], maxlen=self.steps)
+        self._after = None if state["after"] is None else list(state["after"])
+
     def end(self) -> dict[str, float | None]:
         """The mean after the switch, where the fit ends before ``steps`` of them; empty otherwise."""
         return self._recovered() if self._after and 1 < len(self._after) < self.steps else {}

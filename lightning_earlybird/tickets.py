@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_earlybird.compilation import unwrap
+from lightning_earlybird.durable import settle, written_aside
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
-from lightning_earlybird.files import EnsembleFormatError, Field, read_json, sha256_of, written_aside
+from lightning_earlybird.files import EnsembleFormatError, Field, is_plain_file, read_json, sha256_of
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.records import (
     Edits,
@@ -29,6 +30,7 @@ from lightning_earlybird.records import (
     read_edits,
     read_facts,
     read_shape,
+    sketch_dense,
 )
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import resize_
@@ -51,6 +53,13 @@ FORMAT_VERSION = 1
 INDEX_FILE = "ensemble.json"
 MASKS_FILE = "masks.safetensors"
 
+# How large a dense network a description may build: so many bytes, or so many times the bytes of the tickets' files.
+_ALWAYS_BUILT_BYTES = 1 << 28
+_LARGEST_GROWTH = 256
+
+# What layers compute in; a ticket may have another of these than its dense network.
+_COMPUTING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 def check_target(directory: str | os.PathLike[str]) -> None:
     """Makes sure that an ensemble may be written to ``directory``; call it before anything is computed.
@@ -59,6 +68,7 @@ def check_target(directory: str | os.PathLike[str]) -> None:
         FileExistsError: If something is there that is neither an empty directory nor a saved ensemble and nothing else.
     """
     folder = Path(directory)
+    settle(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     remedy = "choose another directory, or remove what is there"
@@ -72,7 +82,8 @@ def check_target(directory: str | os.PathLike[str]) -> None:
             f"directory={str(folder)!r} must be new, empty, or hold a saved ensemble to replace, and it holds "
             f"something else ({error}); {remedy}."
         ) from error
-    if others := sorted({path.name for path in folder.iterdir()} - named - {INDEX_FILE, MASKS_FILE}):
+    ours = {path.name for path in folder.iterdir() if is_plain_file(path)} & (named | {INDEX_FILE, MASKS_FILE})
+    if others := sorted({path.name for path in folder.iterdir()} - ours):
         raise FileExistsError(
             f"directory={str(folder)!r} holds a saved ensemble and other files, which replacing it would delete: "
             f"{others}; {remedy}."
@@ -170,7 +181,12 @@ def save_one_ticket(directory: str | os.PathLike[str], ensemble: TicketEnsemble,
 def load_ensemble(directory: str | os.PathLike[str], denoiser: Callable[[], nn.Module] | None = None) -> TicketEnsemble:
     """Reads an ensemble that :func:`save_ensemble` wrote, without tracing and without unpickling; in evaluation mode.
 
-    Outputs are bit-identical to those of the ensemble that was saved. The random state of the CPU is left as it was.
+    Outputs are bit-identical to those of the ensemble that was saved, weights that are not finite included. The random
+    state of the CPU is left as it was.
+
+    The files may come from anybody. Nothing of them is executed, links are not followed, nothing outside of the
+    directory is read, and what they declare is compared with what they hold before memory is taken for it: at most
+    256 MiB or 256 times the size of the tickets' files for the dense network.
 
     Args:
         directory: The ensemble's directory.
@@ -181,8 +197,8 @@ def load_ensemble(directory: str | os.PathLike[str], denoiser: Callable[[], nn.M
         The ensemble, on the CPU (or where ``denoiser`` builds its network), with its ``record``.
 
     Raises:
-        EnsembleFormatError: If the directory is damaged, truncated, foreign or of a newer format; the message names
-            file and field.
+        EnsembleFormatError: If the directory is damaged, truncated, foreign, malicious or of a newer format; the
+            message names file and field.
         ValueError: If the network is not a diffusers model and ``denoiser`` is None.
     """
     folder = Path(directory)
@@ -207,9 +223,18 @@ def load_ensemble(directory: str | os.PathLike[str], denoiser: Callable[[], nn.M
     )
     if record.facts and [each.region for each in record.facts] != list(partition):
         index["tickets"].fail("has facts that do not belong to the regions of the partition.")
+    index["masks"].parsed(lambda _: record.check_masks())
+    named: set[str] = set()
+    for entry in entries:
+        # One file in many entries would become many networks in memory.
+        if entry["file"].text() in named:
+            entry["file"].fail(f"names {entry['file'].text()!r}, as another ticket does; each has a file of its own.")
+        named.add(entry["file"].text())
     states = [_read_tensors(entry, folder) for entry in entries]
 
     with torch.random.fork_rng(devices=[]):
+        if denoiser is None and record.denoiser is not None:
+            _rehearse(index["denoiser"], states, record.edits, entries)
         dense = build_dense(denoiser, index["denoiser"])
     tickets = [
         _restored(copy.deepcopy(dense), state, edits, entry)
@@ -218,6 +243,27 @@ def load_ensemble(directory: str | os.PathLike[str], denoiser: Callable[[], nn.M
     ensemble = TicketEnsemble(tickets, partition, timesteps)
     ensemble.record = record
     return ensemble.eval()
+
+
+def _rehearse(
+    description: Field, states: Sequence[Mapping[str, Tensor]], edits: Sequence[Edits], entries: Sequence[Field]
+) -> None:
+    """Goes through with it on the meta device, so that a network that cannot become the tickets costs no memory."""
+    sketch = sketch_dense(description, max(len(state) for state in states))
+    for state, each, entry in zip(states, edits, entries, strict=True):
+        _resized(copy.deepcopy(sketch), state, each, entry)
+    stored, needed = (
+        sum(tensor.nbytes for tensor in tensors)
+        for tensors in (
+            [tensor for state in states for tensor in state.values()],
+            [*sketch.parameters(), *sketch.buffers()],
+        )
+    )
+    if needed > max(_ALWAYS_BUILT_BYTES, _LARGEST_GROWTH * stored):
+        description.fail(
+            f"builds a network of {needed:,} bytes for tickets of {stored:,} bytes; if that is meant, pass denoiser=, "
+            "a function without arguments that builds it."
+        )
 
 
 def tensor_names(directory: str | os.PathLike[str]) -> set[str]:
@@ -241,6 +287,7 @@ def saved_partition(directory: str | os.PathLike[str]) -> TimestepPartition:
 
 
 def _read_index(folder: Path) -> Field:
+    settle(folder)
     index = read_json(folder / INDEX_FILE)
     if index["format"].text() != FORMAT:
         index["format"].fail(f"is {index['format'].value!r}, expected {FORMAT!r}; this is something else.")
@@ -290,7 +337,8 @@ def _read_tensors(entry: Field, folder: Path) -> dict[str, Tensor]:
     path = entry["file"].file_in(folder)
     try:
         found = _kinds_in(path)
-    except (SafetensorError, OSError) as error:
+        tensors: dict[str, Tensor] = load_file(path)  # maps the file, whose header does not exceed it, into memory
+    except Exception as error:  # the library raises anything over numbers that are too large for torch
         entry["file"].fail(f"names {path.name!r}, which is not a valid safetensors file ({error}); it is damaged.")
     expected = {name: field.text() for name, field in entry["tensors"].members().items()}
     for name in sorted(found.keys() | expected.keys()):
@@ -301,7 +349,10 @@ def _read_tensors(entry: Field, folder: Path) -> dict[str, Tensor]:
             )
     if sha256_of(path) != entry["sha256"].text():
         entry["sha256"].fail(f"does not match {path.name!r}; the file was changed or damaged.")
-    tensors: dict[str, Tensor] = load_file(path)
+    for name, tensor in tensors.items():
+        # torch counts such bytes as true in one place and false in another.
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            entry["file"].fail(f"names {path.name!r}, where {name!r} holds bytes that are neither true nor false.")
     return tensors
 
 
@@ -323,14 +374,23 @@ def _state_of(ticket: nn.Module, number: int) -> dict[str, Tensor]:
     return state
 
 
+def _resized(network: nn.Module, state: Mapping[str, Tensor], edits: Edits, entry: Field) -> dict[str, Tensor]:
+    """Turns a dense network into the ticket but for the values, in place, and returns its tensors."""
+    entry.parsed(lambda _: resize_(network, {name: tensor.shape for name, tensor in state.items()}, edits))
+    own: dict[str, Tensor] = network.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if own[name].dtype != tensor.dtype and not {own[name].dtype, tensor.dtype} <= set(_COMPUTING):
+            entry["tensors"].fail(f"says {tensor.dtype} of {name!r}, but the network has {own[name].dtype} there.")
+    if entry["memory_format"].text() not in ("channels_last", "contiguous"):
+        entry["memory_format"].fail(f"is {entry['memory_format'].value!r}, expected 'channels_last' or 'contiguous'.")
+    return own
+
+
 def _restored(network: nn.Module, state: dict[str, Tensor], edits: Edits, entry: Field) -> nn.Module:
     """A dense network turned into the ticket, in place."""
-    entry.parsed(lambda _: resize_(network, {name: tensor.shape for name, tensor in state.items()}, edits))
-    own = network.state_dict(keep_vars=True)
+    own = _resized(network, state, edits, entry)
     with torch.no_grad():
         for name, tensor in state.items():
-            if own[name].is_floating_point() != tensor.is_floating_point():
-                entry["tensors"].fail(f"says {tensor.dtype} of {name!r}, but the network has {own[name].dtype} there.")
             # Through `.data`, so that parameters stay the same objects: tied ones stay tied.
             own[name].data = own[name].data.to(tensor.dtype)
             own[name].copy_(tensor)

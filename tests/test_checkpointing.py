@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -13,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules import REGIONS, ConvNet, Lit, Mlp, Repeatable, fit, loader, quiet_trainer
 from torch import Tensor, nn
 
-from lightning_earlybird import EarlyBirdDetector, TicketEnsemble, TimestepAwarePruner
-from lightning_earlybird.checkpointing import CHECKPOINT_KEY
+from lightning_earlybird import EarlyBirdDetector, EnsembleFormatError, TicketEnsemble, TimestepAwarePruner
+from lightning_earlybird.saved_structure import CHECKPOINT_KEY
 from lightning_earlybird.structure import RaggedGroupNorm
 from lightning_earlybird.transition import averaged_modules
 
@@ -143,8 +144,48 @@ def test_a_checkpoint_loads_without_unpickling(tmp_path: Path) -> None:
         checkpoint = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
         assert (CHECKPOINT_KEY in checkpoint) == (epoch == 1)
     structure = checkpoint[CHECKPOINT_KEY]
-    assert structure["format_version"] == 1 and structure["denoiser"] == "model"
+    assert structure["format_version"] == 2 and structure["denoiser"] == "model"
     assert len(structure["masks"]) == 2
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "taylor", "diff_pruning", "callable"])
+def test_checkpoints_load_without_unpickling_whatever_scores_channels_and_numbers_are_numpys(
+    criterion: str, tmp_path: Path
+) -> None:
+    score = (lambda network, plan: torch.rand(plan.num_channels)) if criterion == "callable" else criterion
+    low, middle, high = np.linspace(0.0, 1000.0, 3)
+    sparsities = [np.float64(0.25), np.float64(0.5)]
+    detector = EarlyBirdDetector(
+        sparsities, criterion=score, every_n_train_steps=2, window=2, threshold=1.0, score_batches=1
+    )
+    pruner = TimestepAwarePruner(
+        [(low, middle, sparsities[0]), (middle, high, sparsities[1])],
+        overlap=np.float64(10),
+        min_width=np.float64(0.1),
+        round_to=4,
+        rewind="init",
+        dirpath=tmp_path / "tickets",
+    )
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    settings = {"enable_checkpointing": True, "max_steps": 6}
+    fit(Lit(), EMAWeightAveraging(decay=0.8), detector, pruner, saving, **settings)
+    for step in (2, 4, 6):
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert (CHECKPOINT_KEY in checkpoint) == (step == 6) == (pruner.switched_at < step)
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1", True])
+@pytest.mark.parametrize("whose", ["EarlyBirdDetector", "TimestepAwarePruner"])
+def test_a_callbacks_state_of_another_format_is_refused_by_name(
+    whose: str, version: Any, sides_of_a_switch: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(sides_of_a_switch / "step=8.ckpt", weights_only=True)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith(whose))
+    state["format_version"] = version
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    message = rf"ckpt_path: the state of {whose} has format_version={version!r}, and this .* reads 1 to 1. Upgrade"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Lit(), *masking(tmp_path), max_epochs=3, ckpt_path=tmp_path / "odd.ckpt")
 
 
 def test_a_compiled_denoiser_resumes_with_its_tickets(tmp_path: Path) -> None:
@@ -326,10 +367,10 @@ def test_tickets_of_another_denoiser_are_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     run(tmp_path, 2)
     checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
-    checkpoint[CHECKPOINT_KEY]["format_version"] = 2
+    checkpoint[CHECKPOINT_KEY]["format_version"] = 3
     torch.save(checkpoint, tmp_path / "newer.ckpt")
-    message = "ckpt_path: its tickets have format version 2, and this lightning-earlybird reads up to 1. Upgrade it"
-    with pytest.raises(MisconfigurationException, match=message):
+    message = r"newer.ckpt: field 'lightning_earlybird.format_version' is 3, but .* reads up to 2; upgrade it"
+    with pytest.raises(EnsembleFormatError, match=message):
         run(tmp_path, 3, ckpt_path=tmp_path / "newer.ckpt")
 
 

@@ -3,13 +3,17 @@
 import csv
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_earlybird import TicketEnsembleSampler
 
@@ -79,6 +83,19 @@ def test_a_tiny_run_leaves_every_file_and_both_tables(example: ModuleType, tmp_p
     assert "phase=tickets" in run.stdout + run.stderr
     assert "distance/0.8=" in run.stdout + run.stderr
 
+    # As after a kill while sampling: everything but the training is done once more, and comes to the same.
+    whole = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and "wandb" not in str(path)}
+    (output / "samples.png").unlink()
+    shutil.rmtree(output / "ensemble")
+    again = run_example(tmp_path, *TINY, "resume=true", "wandb.mode=disabled")
+    assert "Restored all states from the checkpoint" in again.stderr
+    assert {path: path.read_bytes() for path in whole} == whole
+    clock = re.compile(r" +\d+ +\d+%$", re.MULTILINE)  # seconds, which are as many as it took
+    tables = [
+        clock.sub("", text[text.index("region ") : text.index("Written to")]) for text in (run.stdout, again.stdout)
+    ]
+    assert tables[0] == tables[1]
+
 
 @pytest.mark.slow
 def test_three_processes_leave_what_one_does_and_one_picture_of_all_tickets(
@@ -102,6 +119,40 @@ def test_three_processes_leave_what_one_does_and_one_picture_of_all_tickets(
         assert run.stdout.count(heading) == 1, heading
     assert "who trains what from step 15 on" in run.stderr
     assert "phase=tickets" in run.stdout + run.stderr
+
+
+def test_metrics_of_a_resumed_run_hold_every_step_once(example: ModuleType, tmp_path: Path) -> None:
+    def log(keeper: Any, step: int, **metrics: float) -> None:
+        keeper.logger.log_metrics(metrics, step)
+        keeper.logger.save()
+
+    keeper = example.LogKeeper(CSVLogger(tmp_path, name="", version=""), "run")
+    assert keeper.state_dict() == {"rows": [], "wandb_id": "run"}
+    log(keeper, 9, train_loss=0.5)
+    log(keeper, 19, train_loss=0.25, step_time=1e-3)
+    state = keeper.state_dict()
+    log(keeper, 29, train_loss=0.125)  # lost with the process, and logged again
+    before = (tmp_path / "metrics.csv").read_text().splitlines()
+
+    with pytest.warns(UserWarning, match="Previous log files in this directory will be deleted"):
+        resumed = example.LogKeeper(CSVLogger(tmp_path, name="", version=""), "other")
+        resumed.load_state_dict(state)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == before[:3]
+    log(resumed, 29, train_loss=0.125)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == before
+
+
+def test_what_resume_means(example: ModuleType, tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    assert example.checkpoint_to_resume(True, last) is None
+    last.touch()
+    assert example.checkpoint_to_resume(True, last) == last
+    assert example.checkpoint_to_resume(str(last), tmp_path / "other") == last
+    with pytest.raises(SystemExit, match=r"resume=nowhere.ckpt must be true, false or the path of a checkpoint"):
+        example.checkpoint_to_resume("nowhere.ckpt", last)
+    assert last.exists()
+    assert example.checkpoint_to_resume(False, last) is None
+    assert not last.exists()  # what is killed now must not be resumed from there
 
 
 def test_overrides_reach_the_configuration(example: ModuleType, tmp_path: Path) -> None:

@@ -15,6 +15,13 @@ import lightning_earlybird
 README = Path(__file__).parent.parent / "README.md"
 
 
+def snippets(document: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
+SNIPPETS = {path: found for path in (README.parent / "docs").glob("*.md") if (found := snippets(path))}
+
+
 def test_the_public_names_are_these() -> None:
     assert sorted(lightning_earlybird.__all__) == [
         "DeviceTable",
@@ -24,6 +31,7 @@ def test_the_public_names_are_these() -> None:
         "NonFiniteWeightsError",
         "RankLostError",
         "SearchLimitError",
+        "TicketCheckpoints",
         "TicketEnsemble",
         "TicketEnsembleSampler",
         "TicketFacts",
@@ -37,6 +45,7 @@ def test_the_public_names_are_these() -> None:
         "devices_that_pay_off",
         "draw_uniform",
         "draw_within",
+        "load_from_checkpoint",
         "plan_tickets",
     ]
     assert all(hasattr(lightning_earlybird, name) for name in lightning_earlybird.__all__)
@@ -56,7 +65,7 @@ def test_importing_the_package_leaves_wandb_diffusers_and_matplotlib_alone() -> 
 @pytest.mark.filterwarnings("ignore:sparsity=.* of the channels cannot be met")  # by a network as narrow as this one
 def test_the_readme_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    use, later = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    use, later = snippets(README)
     # Only what it costs is changed: epochs, images, sampling steps.
     for long, short in (("max_epochs=500", "max_epochs=6"), ("sample(64", "sample(4"), ("steps=100", "steps=5")):
         assert long in use
@@ -74,7 +83,14 @@ def test_the_readme_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.
     assert len(names["images"]) == 2  # type: ignore[arg-type]
 
 
-def test_the_snippets_of_the_documents_run_as_printed() -> None:
-    for document in sorted((README.parent / "docs").glob("*.md")):
-        for snippet in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
-            exec(compile(snippet, str(document), "exec"), {})
+@pytest.mark.parametrize("document", sorted(SNIPPETS), ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # diffusers
+def test_the_snippets_of_the_documents_run_as_printed(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order: later ones may use what earlier ones have made."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "snippets"}
+    for snippet in SNIPPETS[document]:
+        exec(compile(snippet, str(document), "exec"), names)

@@ -6,7 +6,7 @@
 from lightning_earlybird.transition.averages import averaged_modules, initial_share
 from lightning_earlybird.transition.checks import check_supported
 from lightning_earlybird.transition.scores import forget_scores
-from lightning_earlybird.transition.switch import replace_denoiser, unwrap_ddp
+from lightning_earlybird.transition.switch import replace_denoiser, replace_outside_trainer, unwrap_ddp
 
 __all__ = [
     "averaged_modules",
@@ -14,5 +14,6 @@ __all__ = [
     "forget_scores",
     "initial_share",
     "replace_denoiser",
+    "replace_outside_trainer",
     "unwrap_ddp",
 ]

@@ -72,7 +72,7 @@ def replace_denoiser(
         undone_on_error(module, optimizers) as edits,
     ):
         wrapped = unwrap_ddp(strategy)
-        lineages = _exchange(module, name, build, source, edits, strategy)
+        lineages = _exchange(module, name, build, source, edits, strategy.precision_plugin.convert_module)
         changed = False
         for lineage in lineages:
             hand_down(lineage, inherit)
@@ -87,26 +87,32 @@ def replace_denoiser(
     return lineages[0].replacement
 
 
+def replace_outside_trainer(module: pl.LightningModule, name: str, build: Build, source: Source) -> nn.Module:
+    """As :func:`replace_denoiser`, for a module of which no Trainer knows: there is nothing else to follow."""
+    with isolate_rng(include_cuda=False):
+        return _exchange(module, name, build, source, [], lambda replacement: replacement)[0].replacement
+
+
 def _exchange(
     root: pl.LightningModule,
     name: str,
     build: Build,
     source: Source,
     edits: list[Edit],
-    strategy: Strategy | None = None,
+    convert: Callable[[nn.Module], nn.Module] | None = None,
 ) -> list[Lineage]:
     """Replace the denoiser of ``root``, and then the copies of it that ``root`` averages itself.
 
-    Only the live module (the one with a ``strategy``) is converted to the Trainer's precision and compiled; averaged
+    Only the live module (the one with a ``convert``) is converted to the Trainer's precision and compiled; averaged
     ones keep the precision that they have.
     """
     dense = unwrap(root.get_submodule(name))
-    context = denoiser_context(root, dense) if strategy is not None else None
+    context = denoiser_context(root, dense) if convert is not None else None
     lineages = []
     for twin in [dense, *averaged_twins(root, dense)]:
         replacement = build(twin).to(next(twin.parameters()).device)
-        if strategy is not None and twin is dense:
-            replacement = strategy.precision_plugin.convert_module(replacement)
+        if convert is not None and twin is dense:
+            replacement = convert(replacement)
         lineage = Lineage.trace(twin, replacement, source)
         match(lineage, source)
         put(root, twin, replacement, edits)

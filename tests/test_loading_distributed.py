@@ -1,0 +1,81 @@
+"""Checkpoints of two processes: in fits of the mixin without a pruner, and of groups that train different tickets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from modules import REGIONS, ConvNet, Lit, loader, quiet_trainer
+
+import lightning_earlybird
+from lightning_earlybird import (
+    MultiTicketStrategy,
+    TicketCheckpoints,
+    TicketEnsembleSampler,
+    TimestepAwarePruner,
+    load_from_checkpoint,
+)
+
+
+class Ours(TicketCheckpoints, Lit):
+    """Carries the structure of its tickets by itself."""
+
+
+def run(out: Path, *callbacks: pl.Callback, max_steps: int, strategy: Any = "ddp", ckpt_path: Any = None) -> pl.Trainer:
+    module = Ours()
+    torch.manual_seed(100 + int(os.environ.get("LOCAL_RANK", "0")))  # noise and timesteps of each rank's own
+    saving = ModelCheckpoint(out, filename="{step}", save_last=True)
+    averaging = EMAWeightAveraging(decay=0.8)
+    settings = {"strategy": strategy, "devices": 2, "max_steps": max_steps, "enable_checkpointing": True}
+    trainer = quiet_trainer(averaging, *callbacks, saving, default_root_dir=out, **settings)
+    trainer.fit(module, loader(module, 8), ckpt_path=ckpt_path)
+    return trainer
+
+
+def run_two_processes(out: Path) -> None:
+    def pruner(name: str) -> TimestepAwarePruner:
+        return TimestepAwarePruner(REGIONS, round_to=4, max_search_steps=2, dirpath=out / name / "tickets")
+
+    run(out / "first", pruner("first"), max_steps=4)
+    for name, callbacks in (("pruner", [pruner("pruner")]), ("mixin", [])):
+        run(out / name, *callbacks, max_steps=8, ckpt_path=out / "first" / "last.ckpt")
+    run(out / "apart", pruner("apart"), max_steps=6, strategy=MultiTicketStrategy())
+
+
+@pytest.mark.slow
+def test_checkpoints_of_two_processes_travel(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(lightning_earlybird.__file__).parents[1])}
+    command = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    # Without a pruner the mixin resumes to the same bits, and leaves checkpoints of the same kind.
+    ours, theirs = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("mixin", "pruner"))
+    for kind in ("state_dict", "current_model_state"):
+        assert ours[kind].keys() == theirs[kind].keys()
+        assert all(torch.equal(value, theirs[kind][name]) for name, value in ours[kind].items()), kind
+    assert len(Ours.load_from_checkpoint(tmp_path / "mixin" / "last.ckpt").model.tickets) == 2
+
+    # What groups have saved apart makes the ensemble that the fit has written at its end.
+    groups = [tmp_path / "apart" / f"ticket_{ticket}" / "last.ckpt" for ticket in (0, 1)]
+    sampler = TicketEnsembleSampler.from_checkpoint(groups, ConvNet)
+    ensemble = TicketEnsembleSampler.from_pretrained(tmp_path / "apart" / "tickets" / "ensemble", ConvNet)
+    assert sampler.state_dict().keys() == ensemble.state_dict().keys()
+    for name, value in ensemble.state_dict().items():
+        assert torch.equal(sampler.state_dict()[name], value), name
+    assert sampler.record.facts == ensemble.record.facts
+    with pytest.raises(ValueError, match=r"the tickets \[1\] of 2 are missing"):
+        TicketEnsembleSampler.from_checkpoint(groups[0], ConvNet)
+    with pytest.raises(MisconfigurationException, match=r"the checkpoint lacks the tickets \[0\] of 2"):
+        load_from_checkpoint(Lit, groups[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_two_processes(Path(sys.argv[1]))
