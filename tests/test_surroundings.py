@@ -203,7 +203,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_fit_with_the_one_before_to
         return ModelCheckpoint(root, filename="{step}", every_n_train_steps=2, save_top_k=-1)
 
     module = Repeatable()
-    with pytest.raises((OSError, RuntimeError), match=r"No space left|PytorchStreamWriter failed|unexpected pos"):
+    with pytest.raises(OSError, match=r"No space left on device; the checkpoint is not written"):
         full = at_step(step, disk.fill)
         fit(module, full, *callbacks("a"), saving(disk.root), max_epochs=3, enable_checkpointing=True)
     assert "on_save_checkpoint" not in vars(module) and not module.model._forward_pre_hooks
@@ -211,7 +211,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_fit_with_the_one_before_to
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that|Be aware that when using `ckpt_path`")
         fit(again := Repeatable(), *callbacks("b"), max_epochs=3, ckpt_path=last)
-    assert isinstance(again.model, TicketEnsemble) and again.trainer.global_step == 12
+    whole = Repeatable()
+    fit(whole, *callbacks("c"), max_epochs=3)
+    assert_same_network(again, whole)
 
 
 # --- loggers ----------------------------------------------------------------------------------------------------------
