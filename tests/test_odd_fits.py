@@ -327,6 +327,33 @@ def test_a_tuner_before_the_fit_is_no_part_of_it(tune: Callable[..., Any], tmp_p
     assert pruner.switched_at == SWITCH and steps_of(detector) == [3, 6]
 
 
+class FineTuning(LearningRateFinder):
+    """As Lightning's documentation has it: looks for a new rate at the start of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(num_training_steps=6, early_stop_threshold=None)
+        self.epoch = epoch
+
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.filterwarnings(WEIGHTS_ONLY)
+@pytest.mark.filterwarnings("ignore:.*does not have many workers|You defined a `validation_step` but")
+@pytest.mark.parametrize("epoch", [1, 2])  # in the search, and after the switch
+def test_a_finder_in_the_middle_of_the_fit_is_no_part_of_the_search(epoch: int, tmp_path: Path) -> None:
+    detector, pruner, module = quick(), pruner_in(tmp_path, round_to=1), Tunable()
+    trainer = quiet_trainer(FineTuning(epoch), detector, pruner, max_epochs=4, default_root_dir=tmp_path)
+    trainer.fit(module)
+    assert len(module.losses) > trainer.global_step == 16  # those of the trial as well
+    assert steps_of(detector) == [3, 6] and pruner.switched_at == SWITCH
+    assert isinstance(module.model, TicketEnsemble)
+
+
 # --- a second fit with the same callbacks -----------------------------------------------------------------------------
 
 

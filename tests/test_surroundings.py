@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from modules import REGIONS, ConvNet, Lit, OnStep, Repeatable, fit, loader, quie
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_earlybird import EarlyBirdDetector, TicketEnsemble, TicketEnsembleSampler, TimestepAwarePruner
+from lightning_earlybird.parallel.phase import TicketPhase
 from lightning_earlybird.tickets import load_ensemble
 
 SWITCH = 6
@@ -216,6 +218,15 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_fit_with_the_one_before_to
     assert_same_network(again, whole)
 
 
+def test_a_ticket_that_a_group_of_ranks_cannot_write_is_gathered_all_the_same(tmp_path: Path) -> None:
+    module = Lit()
+    trainer = fit(module, quick(), TimestepAwarePruner(REGIONS, round_to=4, dirpath=tmp_path / "tickets"), max_epochs=2)
+    (tmp_path / "finished").write_text("in the way")
+    group = SimpleNamespace(leads=True, hosted=[1], directory=tmp_path, _trainer=trainer, _module=module, _name="model")
+    with pytest.warns(UserWarning, match=r"the trained ticket 1 could not be written to '.*/finished/ticket_1' \("):
+        TicketPhase.write_finished(group)  # type: ignore[arg-type]  # that of a running world
+
+
 # --- loggers ----------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +392,7 @@ def run_service(tmp_path: Path, case: str) -> dict[str, Any]:
     environment |= {"WANDB_CACHE_DIR": str(tmp_path / "cache"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path), case]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((tmp_path / "told.json").read_text())
 
