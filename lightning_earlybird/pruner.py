@@ -68,7 +68,8 @@ class TimestepAwarePruner(Continuing):
     the same fit, it is replaced by an ensemble that routes every sample to the ticket of its timestep's region: the
     module's ``training_step`` and its timesteps stay as they are. Optimizer moments, schedules and averaged weights are
     carried over. The tickets are written to ``directory / "switch"`` at that moment, and the trained ensemble to
-    ``directory / "ensemble"`` at the end of the fit (with the averaged weights, where a callback keeps such).
+    ``directory / "ensemble"`` at the end of the fit (with the averaged weights, where a callback keeps such). With
+    ``fast_dev_run`` nothing is written.
 
     The method is EB-Diff-Train's timestep-aware tickets (arXiv 2504.09606). Differs from the paper: all tickets are
     drawn from the weights at the switch, when the last one has emerged, instead of each from the weights of its own
@@ -111,6 +112,10 @@ class TimestepAwarePruner(Continuing):
         MisconfigurationException: In ``setup`` or during the first batch, if the Trainer, the module or the denoiser
             cannot be pruned.
         SearchLimitError: See ``on_search_limit``.
+        NonFiniteWeightsError: At the switch, if a weight of the denoiser, or of its average, is NaN or infinite; the
+            denoiser is still dense then.
+        OSError: At the end, if the ensemble can be written neither to ``directory``, nor to ``default_root_dir``, nor
+            among temporary files.
 
     Example::
 
