@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ class GroupedStrategy(DDPStrategy):
         self._store: Store | None = None  # the world's
         self._directory: Path | None = None
         self._fit: str | None = None  # which one, for its checkpoints
+        self._trained: weakref.ref[pl.LightningModule] | None = None  # by the fit before
         self._session = 0
         self._born = ""  # for those of its tickets
         self._former_places: tuple[str, ...] = ()
@@ -134,8 +136,9 @@ class GroupedStrategy(DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.plan = self._directory = self._resumption = self._checkpoints = self._laid_out_for = self._whole = None
-        if trainer.global_step == 0:  # else the same fit goes on
-            self._fit, self._former_places = None, ()
+        if trainer.global_step == 0 or self._trained is None or self._trained() is not self._module:
+            self._fit, self._former_places = None, ()  # else the same fit goes on
+        self._trained = weakref.ref(self._module)
         self._store = c10d._get_default_store() if self._all_ranks > 1 else None
 
     @override
