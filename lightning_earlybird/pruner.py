@@ -33,6 +33,7 @@ from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.parallel.fit_files import refuse_directories
 from lightning_earlybird.parallel.timing import PassSeconds, StepClock, pass_seconds
 from lightning_earlybird.probe import DenoiserCall, check_name
 from lightning_earlybird.regions import RegionLike, TimestepPartition, TimestepRegion
@@ -202,6 +203,8 @@ class TimestepAwarePruner(Continuing):
         super().setup(trainer, pl_module, stage)
         self._leave_checkpoints()
         self._unfollow = follow_checkpoints(trainer, pl_module)
+        if not isinstance(trainer.strategy, MultiTicketStrategy):
+            refuse_directories(trainer)
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
@@ -222,6 +225,8 @@ class TimestepAwarePruner(Continuing):
         directory = Path(self.dirpath) if self.dirpath is not None else _default_directory(trainer)
         self.directory = Path(trainer.strategy.broadcast(str(directory)))
         check_directory(trainer, self.directory)
+        if isinstance(trainer.strategy, MultiTicketStrategy):
+            trainer.strategy.note_directory(self.directory)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -321,6 +326,8 @@ class TimestepAwarePruner(Continuing):
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         save_structure(pl_module, checkpoint)  # after the fit, the module's own hook is no longer followed
+        if isinstance(trainer.strategy, MultiTicketStrategy):
+            trainer.strategy.write_record(trainer, checkpoint)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -542,11 +549,15 @@ class TimestepAwarePruner(Continuing):
             self.detector.finish()
         if self.switched_at is None:
             self.switched_at = trainer.global_step
-        if len(ensemble.hosted) < len(ensemble.tickets):
+        strategy = trainer.strategy
+        if len(ensemble.hosted) < len(ensemble.tickets) and not (
+            isinstance(strategy, MultiTicketStrategy) and strategy.is_split
+        ):
             raise MisconfigurationException(
                 f"ckpt_path: the checkpoint holds the tickets {list(ensemble.hosted)} of {len(ensemble.tickets)}, as "
-                "one group of ranks had them under MultiTicketStrategy, and a fit cannot go on from a part. Start from "
-                "the tickets at the switch: regions=PATH with the directory `switch` beside the checkpoints."
+                "one group of ranks had them under MultiTicketStrategy. Resume with that strategy, for which one "
+                "device is enough: ckpt_path=PATH with the directory that holds the folders of all groups. Or start "
+                "from the tickets at the switch: regions=PATH with the directory `switch` of the tickets' directory."
             )
         if ensemble.record is not None:
             self.facts = ensemble.record.facts

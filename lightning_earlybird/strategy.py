@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import math
 import signal
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.strategies import _StrategyRegistry
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_earlybird.conversion import find_ensemble
 from lightning_earlybird.parallel.assignment import Assignment
 from lightning_earlybird.parallel.budgets import ticket_loads
+from lightning_earlybird.parallel.courses import Course
 from lightning_earlybird.parallel.distress import (
+    before_validations,
     child_processes,
     end_children,
+    look_between_batches,
     replace_child_observer,
     restore_child_observer,
     save_interrupted,
     share_sigterm,
     stop_by_themselves,
     stop_together,
+    validation_is_unfinished,
 )
+from lightning_earlybird.parallel.fit_files import SWITCH_FILE
+from lightning_earlybird.parallel.fit_record import FIT_KEY, FitRecord
+from lightning_earlybird.parallel.grouped import GroupedStrategy
+from lightning_earlybird.parallel.groups import RankGroups
 from lightning_earlybird.parallel.liaison import Liaison
 from lightning_earlybird.parallel.loaders import check_loaders
 from lightning_earlybird.parallel.phase import TicketPhase
 from lightning_earlybird.parallel.plan import TicketPlan, plan_tickets
 from lightning_earlybird.parallel.progress import Occasionally, describe_progress
+from lightning_earlybird.parallel.recording import describe_split
 from lightning_earlybird.parallel.separate import folder_of
+from lightning_earlybird.parallel.swaps import SwapWatch
 from lightning_earlybird.reporting import log_metrics
+from lightning_earlybird.resume.random_states import capture_random_states, restore_random_states
 
 GRACE_S = 20.0
 """Seconds that a rank which does not come to its next batch has to leave, once another one is lost."""
@@ -49,7 +61,11 @@ SAVING_S = 30.0
 """Seconds that ranks give each other to save what they have before they leave; torchrun gives as many."""
 
 
-class MultiTicketStrategy(DDPStrategy):
+PLACES = 16
+"""Directories that a checkpoint names at most: a fit may be resumed from one into another again and again."""
+
+
+class MultiTicketStrategy(GroupedStrategy):
     """DDP while the tickets are searched for; then every ticket trains on ranks of its own, at its own speed.
 
     To be used with a :class:`TimestepAwarePruner`. At the switch the world of ranks is split into groups: each ticket
@@ -67,7 +83,9 @@ class MultiTicketStrategy(DDPStrategy):
 
     When a rank is lost, every other one says which and what it was training, and ends; what they hold is saved in
     ``directory / "interrupted"``, the pruner's directory. A SIGTERM to any rank has all of them save and end at their
-    next batch. Tickets that were trained to their end are in ``directory / "finished"``.
+    next batch. Tickets that were trained to their end are in ``directory / "finished"``. A fit goes on, with each
+    ticket where it was, from the directory that holds the checkpoints of all groups: ``fit(ckpt_path=DIRECTORY)``, or
+    ``"last"``; on as many ranks as before, or on others.
 
     Differs from the paper (arXiv 2504.09606), which trains one ticket after another by hand on a device each: all is
     one fit, and cost decides which ticket gets how many ranks.
@@ -106,21 +124,19 @@ class MultiTicketStrategy(DDPStrategy):
         patience_s: float = 30.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(assignment, **kwargs)
         if not patience_s > 0:
             raise ValueError(f"patience_s={patience_s!r} must be above 0: seconds without a sign of life.")
-        self.assignment = assignment
         self.patience_s = patience_s
-        self.plan: TicketPlan | None = None
         self._phase: TicketPhase | None = None
         self._liaison: Liaison | None = None
-        self._directory: Path | None = None
+        self._swaps: SwapWatch | None = None
+        self._before_validation: dict[str, Any] | None = None  # random states
         self._on_gathered: Callable[[], None] | None = None
-        self._failed = self._incomplete = self._interrupted = False
+        self._failed = self._incomplete = self._interrupted = self._begun = False
         self._to_blame: bool | None = None  # for the exception under way, once that has been told
         self._waiting: list[int] = []  # tickets whose turn on the present batch is still to come
         self._step_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._find_unused = bool(self._ddp_kwargs.get("find_unused_parameters", False))
 
     # --- what the pruner calls
 
@@ -138,19 +154,26 @@ class MultiTicketStrategy(DDPStrategy):
         self._directory = directory
         try:
             given = self.assignment
-            assignment = None if given is None else Assignment.of(given, num_tickets, self.world_size)
+            assignment = None if given is None else Assignment.of(given, num_tickets, self._all_ranks)
         except ValueError as error:
             raise MisconfigurationException(f"MultiTicketStrategy: {error}") from error
-        shared = self.world_size < num_tickets or (
-            assignment is not None and any(len(assignment.hosted(rank)) > 1 for rank in range(self.world_size))
+        shared = self._all_ranks < num_tickets or (
+            assignment is not None and any(len(assignment.hosted(rank)) > 1 for rank in range(self._all_ranks))
         )
         if shared and not module.automatic_optimization:
             raise MisconfigurationException(
-                f"automatic_optimization=False with {num_tickets} tickets on {self.world_size} rank(s): a rank with "
+                f"automatic_optimization=False with {num_tickets} tickets on {self._all_ranks} rank(s): a rank with "
                 "several tickets gives each its turn within one optimizer step, which is the module's own under manual "
                 "optimization. Use a rank for each ticket, Trainer(strategy='ddp') or, on one device, "
                 "Trainer(strategy='auto')."
             )
+        resumption = self._resumption
+        if resumption is not None:
+            found = find_ensemble(module)
+            assert found is not None
+            self._phase = self._new_phase(module.trainer, found[0], resumption.plan, resumption.courses)
+            # The sanity check may be the first to ask for loaders.
+            self._phase.use_loaders_of_group([self._world_sampling, self._laid_out_sampling])
 
     def split(
         self,
@@ -164,7 +187,8 @@ class MultiTicketStrategy(DDPStrategy):
     ) -> None:
         """Split the world: from here on this rank trains its own tickets only.
 
-        To be called on every rank at the same step, right after the denoiser has become an ensemble.
+        To be called on every rank at the same step, right after the denoiser has become an ensemble. In a fit that goes
+        on from checkpoints of groups the world is split already, and each rank goes on with what it was given.
 
         Args:
             trainer: The Trainer of the fit.
@@ -177,13 +201,17 @@ class MultiTicketStrategy(DDPStrategy):
         found = find_ensemble(module)
         assert found is not None and self._directory is not None and self._liaison is not None
         name, ensemble = found
+        self._on_gathered = on_gathered
         check_loaders(trainer, module)
+        labels = [f"[{region.start:g}, {region.stop:g})" for region in ensemble.regions]
+        if self._phase is not None:
+            self._go_on(self._phase, labels)
+            return
         began = trainer.global_step if began is None else began
         # Rank 0's: where data sets are of unequal length the others count other steps, and might plan otherwise.
         loads = self.broadcast(ticket_loads(trainer, ensemble.regions, step_seconds, trainer.global_step - began))
         ranks_per_node = self.num_processes if self.num_nodes > 1 else None
         self.plan = plan = plan_tickets(loads, self.world_size, self.assignment, ranks_per_node=ranks_per_node)
-        labels = [f"[{region.start:g}, {region.stop:g})" for region in ensemble.regions]
         rank_zero_info(
             f"MultiTicketStrategy: who trains what from step {trainer.global_step} on.\n{plan.table(labels)}"
         )
@@ -193,12 +221,26 @@ class MultiTicketStrategy(DDPStrategy):
             rank_zero_info(
                 "Times are relative: nothing was measured, and they stand for multiply-accumulate operations."
             )
-        self._on_gathered = on_gathered
+        self._born = self.broadcast(uuid.uuid4().hex)
+        self._step_seconds, self._measured = tuple(step_seconds), measured
+        limits = [region.max_steps for region in ensemble.regions]
+        courses = {ticket: Course(began, trainer.global_step, limit) for ticket, limit in enumerate(limits)}
+        self._save_whole(trainer, module, plan, courses)
         self._ddp_kwargs["find_unused_parameters"] = self._find_unused
-        phase = TicketPhase(trainer, module, name, plan, began, self._liaison, self._directory, self._timeout)
-        self._phase = phase
+        self._groups = RankGroups(plan.assignment.groups, super().global_rank, self._timeout)
+        own = {ticket: courses[ticket] for ticket in plan.assignment.hosted(self.global_rank)}
+        self._phase = phase = self._new_phase(trainer, name, plan, own)
         phase.begin()
-        self._doing(f"training {' and '.join(f'ticket {ticket} {labels[ticket]}' for ticket in phase.hosted)}")
+        self._doing(_training(phase.hosted, labels))
+
+    def write_record(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Write into a checkpoint which fit it is of, and how ranks share the tickets."""
+        if FIT_KEY in checkpoint or self._fit is None:
+            return
+        split = self._whole
+        if split is None and self._phase is not None:
+            split = self._phase.record(self._born, self._step_seconds, self._measured, self._layout)
+        FitRecord(self._fit, self._session, self._places(trainer), split).write(checkpoint)
 
     @property
     def turn_outputs(self) -> dict[int, STEP_OUTPUT]:
@@ -210,31 +252,73 @@ class MultiTicketStrategy(DDPStrategy):
         """Whether this rank trains tickets of its own at present."""
         return self._phase is not None
 
-    # --- the group in place of the world
+    def _new_phase(
+        self, trainer: pl.Trainer, name: str, plan: TicketPlan, courses: Mapping[int, Course]
+    ) -> TicketPhase:
+        assert self._groups is not None and self._liaison is not None and self._directory is not None
+        return TicketPhase(
+            trainer,
+            self._module,
+            name,
+            plan,
+            self._groups,
+            courses,
+            self._liaison,
+            self._directory,
+            self._world_sampling,
+            self._counted_in_group,
+        )
 
-    @property
-    @override
-    def world_size(self) -> int:
-        return super().world_size if self._phase is None else self._phase.groups.size
+    def _save_whole(
+        self, trainer: pl.Trainer, module: pl.LightningModule, plan: TicketPlan, courses: Mapping[int, Course]
+    ) -> None:
+        """Save all tickets with everything that belongs to them, for those that are lost before their first save."""
+        assert self._directory is not None
+        self._whole = describe_split(
+            trainer,
+            module,
+            self._born,
+            plan,
+            courses,
+            group_size=self.world_size,
+            pace=None,
+            step_seconds=self._step_seconds,
+            measured=self._measured,
+            laid_out_for=self._layout,
+            at_split=True,
+        )
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        path = self._directory / SWITCH_FILE
+        try:
+            self.save_checkpoint(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
+            rank_zero_warn(
+                f"{str(path)!r} could not be written ({error}). Training goes on, but a ticket whose ranks are lost "
+                "before its first checkpoint cannot be resumed."
+            )
+        self.barrier("the state at the split is saved")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.save_last and not callback.save_weights_only:
+                # Else ckpt_path="last" may find nothing, or nothing of the tickets.
+                saved = callback._last_global_step_saved
+                callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+                callback._last_global_step_saved = saved
+        self._whole = None
 
-    @property
-    @override
-    def global_rank(self) -> int:
-        # The world's number in general: only loaders are made by the number within the group.
+    def _go_on(self, phase: TicketPhase, labels: Sequence[str]) -> None:
+        assert self._resumption is not None and self._checkpoints is not None
+        phase.go_on(self._resumption, self._checkpoints)
+        self._resumption = self._checkpoints = None
+        self._doing(_training(phase.hosted, labels))
+
+    def _places(self, trainer: pl.Trainer) -> tuple[str, ...]:
+        """Where there may be more checkpoints of this fit."""
         phase = self._phase
-        return phase.groups.position if phase is not None and phase.in_loader_hook else super().global_rank
-
-    @property
-    @override
-    def is_global_zero(self) -> bool:
-        return super().is_global_zero if self._phase is None else self._phase.leads
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        if self._phase is None:
-            return super().distributed_sampler_kwargs
-        return {"num_replicas": self._phase.groups.size, "rank": self._phase.groups.position}
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback.dirpath for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        roots = phase.checkpoint_roots if phase is not None else [str(path) for path in found if path is not None]
+        directory = [] if self._directory is None else [str(self._directory), str(self._directory / "interrupted")]
+        return tuple(dict.fromkeys([*roots, *directory, *self._former_places]))[:PLACES]
 
     # --- training
 
@@ -243,17 +327,22 @@ class MultiTicketStrategy(DDPStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self.plan = self._directory = None
-        self._failed, self._incomplete, self._to_blame = False, False, None
+        self._failed, self._incomplete, self._begun, self._to_blame = False, False, False, None
+        if self._fit is None:
+            # From the operating system, so that the random states of the training stay as they are.
+            self._fit, self._session = self.broadcast(uuid.uuid4().hex), 0
+        self._swaps, self._before_validation = SwapWatch(trainer), None
+        run = trainer.fit_loop.run
+        trainer.fit_loop.__dict__["run"] = lambda: self._run_fit_loop(trainer, run)
         replace_child_observer()
         self._liaison = Liaison(
-            c10d._get_default_store() if self.world_size > 1 else None,
+            self._store,
             self.global_rank,
-            self.world_size,
+            self._all_ranks,
             patience_s=self.patience_s,
             grace_s=GRACE_S,
             # What peers in a collective would wait for at most; ranks that train other tickets are in none.
-            stall_s=self._timeout.total_seconds() if self._timeout is not None and self.world_size > 1 else None,
+            stall_s=self._timeout.total_seconds() if self._timeout is not None and self._all_ranks > 1 else None,
             children=lambda: child_processes(self),
         )
         self._liaison.start()
@@ -267,18 +356,28 @@ class MultiTicketStrategy(DDPStrategy):
                 "strategy=MultiTicketStrategy without a TimestepAwarePruner among the callbacks: there will be no "
                 "tickets, and all ranks train together, as under Trainer(strategy='ddp'). Add the pruner."
             )
+        self._begun = True
         share_sigterm(module.trainer, self._request_stop)
         stop_together(module.trainer, lambda: self._asked_to_stop)
+        look_between_batches(module.trainer, self._look_between_batches)
+        before_validations(module.trainer, self._note_random_states)
         if self._phase is None:  # else they were looked at before the world was split
             check_loaders(module.trainer, module)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Between two batches: has a rank been lost, or are we to stop?"""
+    def _note_random_states(self) -> None:
+        self._before_validation = capture_random_states(self._module.trainer)
+
+    def _look_between_batches(self) -> None:
+        """Has a rank been lost, or are we to stop?"""
         if self._liaison is not None:
-            self._liaison.progress()
             self._liaison.check()
         if self._asked_to_stop and self.world_size == 1:
-            raise SIGTERMException  # a group of several ranks agrees on it before its next batch
+            raise SIGTERMException  # a group of several ranks agrees on it right after this
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The data have come."""
+        if self._liaison is not None:
+            self._liaison.progress()
         if self._phase is not None:
             self._phase.deliver()
 
@@ -331,20 +430,19 @@ class MultiTicketStrategy(DDPStrategy):
         if self._liaison is not None:
             share_sigterm(self._module.trainer, self._request_stop)
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """In a validation, too, a lost rank is noticed, and a rank that has nobody to agree with stops."""
-        if self._liaison is not None:
-            self._liaison.progress()
-            self._liaison.check()
-            if self._asked_to_stop and self.world_size == 1:
-                raise SIGTERMException
-
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        # In a validation, too, a lost rank is noticed, and a rank that has nobody to agree with stops.
+        if self._liaison is not None:
+            self._liaison.progress()
+            self._look_between_batches()
         if self._phase is None:
             return super().validation_step(*args, **kwargs)
         output: STEP_OUTPUT = None
-        for ticket in self._phase.hosted:
+        step = self._module.trainer.global_step
+        for ticket, course in self._phase.courses.items():
+            if step < course.start:
+                continue  # it has come further, and was evaluated at this step before the fit was resumed
             with self._phase.turns.evaluation(ticket):
                 output = super().validation_step(*args, **kwargs)
         return output
@@ -368,7 +466,7 @@ class MultiTicketStrategy(DDPStrategy):
         if not liaison.wait_for_all("finished", meanwhile):
             raise SIGTERMException
         self._doing("gathering the trained tickets")
-        self._phase, self._incomplete = None, True
+        self._phase, self._groups, self._incomplete = None, None, True
         phase.gather()
         self._incomplete = False
         assert self._on_gathered is not None
@@ -405,9 +503,15 @@ class MultiTicketStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self.lightning_module is not None:
+            self.lightning_module.trainer.fit_loop.__dict__.pop("run", None)
+        if self._swaps is not None:
+            self._swaps.undo()
+            self._swaps = None
         if self._phase is not None:
             phase, self._phase = self._phase, None
             phase.close()
+        self._leave_groups()
         if self._liaison is not None:
             self._liaison.stop()
             self._liaison = None
@@ -419,12 +523,18 @@ class MultiTicketStrategy(DDPStrategy):
         super().teardown()
 
     def _save_interrupted(self) -> None:
-        # While tickets are gathered a rank holds some that are empty yet; all of them are in `finished`.
-        if self._directory is None or self._incomplete:
+        # While tickets are gathered a rank holds some that are empty yet; all of them are in `finished`. Before the
+        # training there is nothing new, and not all of a checkpoint may have been restored.
+        if self._directory is None or self._incomplete or not self._begun:
             return
         if self.global_rank not in [saver for _, saver in self._savers()]:
             return
         name = "search" if self._phase is None else folder_of(self._phase.hosted)
+        if self._swaps is not None:
+            self._swaps.put_back(self._module)
+        if self._before_validation is not None and validation_is_unfinished(self._module.trainer):
+            # It is done again from its first batch.
+            restore_random_states(self._module.trainer, {"random": self._before_validation})
         save_interrupted(self._module.trainer, self._directory / "interrupted" / f"{name}.ckpt")
 
     def _savers(self) -> list[tuple[Sequence[int], int]]:
@@ -436,12 +546,6 @@ class MultiTicketStrategy(DDPStrategy):
         return [(group, there[0]) for group, there in left if there]
 
     # --- small change
-
-    @property
-    def _module(self) -> pl.LightningModule:
-        module = self.lightning_module
-        assert module is not None
-        return module
 
     @property
     def _asked_to_stop(self) -> bool:
@@ -460,6 +564,10 @@ class MultiTicketStrategy(DDPStrategy):
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         if cls.strategy_name not in strategy_registry:
             strategy_registry.register(cls.strategy_name, cls, description="DDP, then tickets side by side")
+
+
+def _training(hosted: Sequence[int], labels: Sequence[str]) -> str:
+    return f"training {' and '.join(f'ticket {ticket} {labels[ticket]}' for ticket in hosted)}"
 
 
 MultiTicketStrategy.register_strategies(StrategyRegistry)

@@ -35,7 +35,7 @@ def ticket_loads(
 
 
 def steps_left(trainer: pl.Trainer, *, alone: bool = False) -> tuple[int | None, bool]:
-    """Optimizer steps that the Trainer's own limits leave to this rank.
+    """Optimizer steps that the Trainer's own limits leave to this rank, at a batch's start or end.
 
     Args:
         trainer: The Trainer.
@@ -54,7 +54,8 @@ def steps_left(trainer: pl.Trainer, *, alone: bool = False) -> tuple[int | None,
             batches = _batches_alone(trainer, int(batches))
         progress, accumulated = trainer.fit_loop.epoch_progress.current, trainer.accumulate_grad_batches
         # Between two epochs, and before the first, the count of batches is still that of the last epoch.
-        taken = max(0, trainer.fit_loop.batch_idx) if progress.ready > progress.processed else 0  # type: ignore[attr-defined]
+        batch_progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        taken: int = batch_progress.processed if progress.ready > progress.processed else 0  # type: ignore[attr-defined]
         # Lightning takes a step at the end of each epoch, too, however few batches have been accumulated.
         epochs: int = trainer.max_epochs - progress.processed  # type: ignore[attr-defined]
         by_epochs = max(0, epochs * math.ceil(batches / accumulated) - taken // accumulated)

@@ -69,9 +69,47 @@ def stop_together(trainer: pl.Trainer, asked: Callable[[], bool]) -> None:
     trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = agree
 
 
+def look_between_batches(trainer: pl.Trainer, look: Callable[[], None]) -> None:
+    """Have a function called before each training batch is fetched, which may raise.
+
+    In the hooks of a batch's start the data loader has moved on, and its state belongs to no place that a fit could
+    resume from.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.__dict__.pop("advance", None)
+    advance = loop.advance
+
+    def look_and_advance(data_fetcher: Any) -> None:
+        look()
+        advance(data_fetcher)
+
+    loop.__dict__["advance"] = look_and_advance
+
+
+def before_validations(trainer: pl.Trainer, note: Callable[[], None]) -> None:
+    """Have a function called before each validation of the training, and before anything is drawn for it."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.__dict__.pop("run", None)
+    run = loop.run
+
+    def note_and_run() -> Any:
+        note()
+        return run()
+
+    loop.__dict__["run"] = note_and_run
+
+
+def validation_is_unfinished(trainer: pl.Trainer) -> bool:
+    """Whether a validation has broken off within one of its batches."""
+    total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+    return trainer.validating and total.ready != total.completed
+
+
 def stop_by_themselves(trainer: pl.Trainer) -> None:
     """Lightning's own way again."""
-    trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+    trainer.fit_loop.epoch_loop.val_loop.__dict__.pop("run", None)
+    for name in ("_broadcast_sigterm_tensor", "advance"):
+        trainer.fit_loop.epoch_loop.__dict__.pop(name, None)
 
 
 def replace_child_observer() -> None:

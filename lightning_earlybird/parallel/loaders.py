@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -134,7 +134,7 @@ def adapt_samplers(trainer: pl.Trainer, former: dict[str, Any], present: dict[st
     """
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
         if loop._combined_loader is not None:
-            _adapt_all(loop._combined_loader, former, present)
+            _adapt_all(loop._combined_loader, [former], present)
 
 
 class GroupLoaders:
@@ -146,7 +146,7 @@ class GroupLoaders:
 
     Args:
         trainer: The Trainer of the fit.
-        former: The ``distributed_sampler_kwargs`` of the world.
+        former: The ``distributed_sampler_kwargs`` of the world, and others that samplers may have been made with.
         present: Those of the group.
         numbered: Gives a context in which ``global_rank`` is the position within the group.
     """
@@ -154,7 +154,7 @@ class GroupLoaders:
     def __init__(
         self,
         trainer: pl.Trainer,
-        former: dict[str, Any],
+        former: Sequence[dict[str, Any]],
         present: dict[str, Any],
         numbered: Callable[[], AbstractContextManager[None]],
     ) -> None:
@@ -171,7 +171,7 @@ class GroupLoaders:
     @staticmethod
     def _ask(
         ask: Callable[[], Any],
-        former: dict[str, Any],
+        former: Sequence[dict[str, Any]],
         present: dict[str, Any],
         numbered: Callable[[], AbstractContextManager[None]],
     ) -> Any:
@@ -181,14 +181,22 @@ class GroupLoaders:
         return loaders
 
 
-def _adapt_all(loaders: CombinedLoader, former: dict[str, Any], present: dict[str, Any]) -> None:
+def forget_loaders(trainer: pl.Trainer) -> None:
+    """Have loaders set up anew when they are needed next."""
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
+        if loop._data_fetcher is not None:
+            loop._data_fetcher.teardown()
+            loop._data_fetcher = None
+        loop._combined_loader = None
+
+
+def _adapt_all(loaders: CombinedLoader, former: Sequence[dict[str, Any]], present: dict[str, Any]) -> None:
     for loader in loaders.flattened:
         samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
         for sampler in {id(sampler): sampler for sampler in samplers}.values():
-            if isinstance(sampler, DistributedSampler) and (sampler.num_replicas, sampler.rank) == (
-                former["num_replicas"],
-                former["rank"],
-            ):
+            if isinstance(sampler, DistributedSampler) and (sampler.num_replicas, sampler.rank) in [
+                (each["num_replicas"], each["rank"]) for each in former
+            ]:
                 _adapt(sampler, present["num_replicas"], present["rank"])
 
 

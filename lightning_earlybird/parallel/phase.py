@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -20,13 +19,17 @@ from torch import nn
 
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.parallel.budgets import steps_left
+from lightning_earlybird.parallel.courses import Course
+from lightning_earlybird.parallel.fit_record import SplitRecord
 from lightning_earlybird.parallel.groups import RankGroups
 from lightning_earlybird.parallel.hosting import gather_tickets, release_tickets
 from lightning_earlybird.parallel.liaison import Liaison
 from lightning_earlybird.parallel.loaders import GroupLoaders, adapt_samplers, reshard
 from lightning_earlybird.parallel.plan import TicketPlan
 from lightning_earlybird.parallel.progress import AllTicketsInBar, TicketProgress, describe_progress
+from lightning_earlybird.parallel.recording import describe_split
 from lightning_earlybird.parallel.relay import MetricRelay
+from lightning_earlybird.parallel.resumption import Resumption
 from lightning_earlybird.parallel.separate import (
     ClippingByTicket,
     FinishedAverages,
@@ -38,9 +41,6 @@ from lightning_earlybird.parallel.separate import (
 from lightning_earlybird.parallel.turns import Turns
 from lightning_earlybird.tickets import save_one_ticket
 from lightning_earlybird.transition import averaged_modules, unwrap_ddp
-
-if TYPE_CHECKING:
-    from datetime import timedelta
 
 DELIVERY_S = 1.0
 """How long rank 0 logs what others have sent, between two batches or while it waits."""
@@ -54,10 +54,12 @@ class TicketPhase:
         module: Its LightningModule, holding the ensemble of all tickets.
         name: Dotted name of the ensemble in the module.
         plan: Who trains what.
-        began: Optimizer step from which the tickets' own steps count.
+        groups: This rank's group, which stands in for the world already.
+        courses: Own steps of the tickets that this rank trains.
         liaison: How ranks keep in touch.
         directory: Where tickets are written.
-        timeout: For collectives within the group.
+        world_sampling: What ``strategy.distributed_sampler_kwargs`` is for the world.
+        numbered: Gives a context in which ``global_rank`` is the position within the group.
     """
 
     def __init__(
@@ -66,31 +68,34 @@ class TicketPhase:
         module: pl.LightningModule,
         name: str,
         plan: TicketPlan,
-        began: int,
+        groups: RankGroups,
+        courses: Mapping[int, Course],
         liaison: Liaison,
         directory: Path,
-        timeout: timedelta | None,
+        world_sampling: dict[str, Any],
+        numbered: Callable[[], AbstractContextManager[None]],
     ) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, DDPStrategy)
         self.plan = plan
         self.rank = strategy.global_rank
         self.hosted: tuple[int, ...] = plan.assignment.hosted(self.rank)
-        self.began = began
+        self.groups = groups
+        self.courses = courses
         self.directory = directory
         self._trainer, self._module, self._name = trainer, module, name
         self._strategy, self._liaison = strategy, liaison
         ensemble = module.get_submodule(name)
         assert isinstance(ensemble, TicketEnsemble)
         self.ensemble = ensemble
-        self.limits = {ticket: ensemble.regions[ticket].max_steps for ticket in self.hosted}
-        self.turns = Turns(module, ensemble, self.limits, lambda: trainer.global_step - began)
-        self._world_sampling = strategy.distributed_sampler_kwargs
-        self.in_loader_hook = False
-        """Whether a hook is being asked for loaders: ranks are then counted within the group."""
+        self.turns = Turns(module, ensemble, courses, lambda: trainer.global_step)
+        self._world_sampling = world_sampling
+        self._numbered = numbered
+        self._pace: SchedulerPace | None = None
+        self.checkpoint_roots: list[str] = []
+        """Directories that hold those of each group's checkpoints."""
         self._undo: list[Callable[[], None]] = []
         self._arrived: deque[tuple[int, dict[str, Any]]] = deque()  # messages that are still to be logged
-        self.groups = RankGroups(plan.assignment.groups, self.rank, timeout)
 
     @property
     def leads(self) -> bool:
@@ -109,31 +114,62 @@ class TicketPhase:
         if self.groups.size > 1:
             # A group of one needs no DDP, and is faster without.
             strategy.configure_ddp()
-        if len(self.hosted) > 1:
-            tickets = [self.ensemble.tickets[ticket] for ticket in self.hosted]
-            self._undo.append(ClippingByTicket(strategy.precision_plugin, tickets).undo)
         former, by_epochs = steps_left(trainer)
-        group = strategy.distributed_sampler_kwargs
-        self._undo.append(GroupLoaders(trainer, self._world_sampling, group, self._numbered).undo)
+        self.use_loaders_of_group([self._world_sampling])
         reshard(trainer, self._world_sampling)
         present, _ = steps_left(trainer)
         if by_epochs and former is not None and present is not None and present > former:
-            self._undo.append(SchedulerPace(module, former, present).undo)
-        self._undo.append(StepLimit(trainer, self.began, list(self.limits.values())).undo)
+            self._keep_pace(former, present)
+        self._take_up(SeparateCheckpoints(trainer, self.hosted))
+
+    def use_loaders_of_group(self, former: Sequence[dict[str, Any]]) -> None:
+        """Have loaders that are asked for from now on be those of the group.
+
+        Args:
+            former: What samplers that come from elsewhere may have been made with.
+        """
+        group = self._strategy.distributed_sampler_kwargs
+        self._undo.append(GroupLoaders(self._trainer, former, group, self._numbered).undo)
+
+    def go_on(self, resumption: Resumption, checkpoints: SeparateCheckpoints) -> None:
+        """As :meth:`begin`, where the rank has been given its tickets from a checkpoint, and its group's loaders."""
+        self._tell_what_is_trained_apart()
+        pace = resumption.pace(steps_left(self._trainer)[0])
+        if pace is not None:
+            self._keep_pace(*pace)
+        self._take_up(checkpoints, resumption.base.logged_steps + resumption.shift)
+
+    def _keep_pace(self, former: int, present: int, calls: Sequence[int] = ()) -> None:
+        self._pace = SchedulerPace(self._module, former, present, calls)
+        self._undo.append(self._pace.undo)
+
+    def _take_up(self, checkpoints: SeparateCheckpoints, logged_steps: int | None = None) -> None:
+        """Have callbacks and limits act for the tickets of this rank."""
+        trainer, strategy = self._trainer, self._strategy
+        if len(self.hosted) > 1:
+            tickets = [self.ensemble.tickets[ticket] for ticket in self.hosted]
+            self._undo.append(ClippingByTicket(strategy.precision_plugin, tickets).undo)
+        self._undo.append(StepLimit(trainer, self.courses.values()).undo)
         left, _ = steps_left(trainer)
-        whole = math.inf if left is None else trainer.global_step - self.began + left
-        ends = {t: min(whole, math.inf if limit is None else limit) for t, limit in self.limits.items()}
-        steps = {t: None if math.isinf(end) else int(end) for t, end in ends.items()}
-        checkpoints = SeparateCheckpoints(trainer, self.hosted)
+        steps: dict[int, int | None] = {}
+        for ticket, course in self.courses.items():
+            ends = [course.limit, None if left is None else trainer.global_step + left - course.zero]
+            steps[ticket] = min((end for end in ends if end is not None), default=None)
         self._undo.append(checkpoints.undo)
+        self.checkpoint_roots = checkpoints.roots
         tell = self._liaison.set_status if self.leads else None
         progress = TicketProgress(
-            self.began, steps, lambda: self.turns.outputs, tell, before_end=lambda: checkpoints.save_last(trainer)
+            self.courses,
+            steps,
+            lambda: self.turns.outputs,
+            tell,
+            before_end=lambda: checkpoints.save_last(trainer),
+            logged_steps=logged_steps,
         )
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averages = self._averages_that_may_end()
         if averages:
-            ending = FinishedAverages(self.began, self.limits, averages)
+            ending = FinishedAverages(trainer.global_step, self.courses, averages)
             # Lightning keeps checkpoints last.
             end = next((i for i, each in enumerate(callbacks) if isinstance(each, Checkpoint)), len(callbacks))
             callbacks = [*callbacks[:end], ending, *callbacks[end:]]
@@ -153,21 +189,35 @@ class TicketPhase:
         if self.rank == 0:
             self._undo.append(AllTicketsInBar(trainer, lambda: describe_progress(self._liaison.statuses())).undo)
 
+    def record(self, born: str, step_seconds: Sequence[float], measured: bool, laid_out_for: int) -> SplitRecord:
+        """What a checkpoint of this rank's group says about the tickets.
+
+        Args:
+            born: Drawn at the split.
+            step_seconds: Seconds of one optimizer step of each ticket.
+            measured: Whether these are seconds.
+            laid_out_for: Ranks that schedules were laid out for.
+        """
+        return describe_split(
+            self._trainer,
+            self._module,
+            born,
+            self.plan,
+            self.courses,
+            group_size=self.groups.size,
+            pace=self._pace,
+            step_seconds=step_seconds,
+            measured=measured,
+            laid_out_for=laid_out_for,
+        )
+
     def _averages_that_may_end(self) -> dict[int, list[nn.Module]]:
-        """Ticket -> its averaged copies, where one ticket may end before another; empty elsewhere."""
-        if len(set(self.limits.values())) < 2:
+        """Ticket -> its averaged copies, where one ticket may be trained while another is not; empty elsewhere."""
+        if len(set(self.courses.values())) < 2:
             return {}
         roots = [root.get_submodule(self._name) for root in averaged_modules(self._trainer)]
         copies = {ticket: [root.get_submodule(f"tickets.{ticket}") for root in roots] for ticket in self.hosted}
         return copies if roots else {}
-
-    @contextmanager
-    def _numbered(self) -> Iterator[None]:
-        self.in_loader_hook = True
-        try:
-            yield
-        finally:
-            self.in_loader_hook = False
 
     def deliver(self, seconds: float = DELIVERY_S) -> None:
         """On rank 0: log what other ranks have sent, for so many seconds; the rest comes the next time.

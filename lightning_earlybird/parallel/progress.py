@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_earlybird.parallel.courses import Course
 from lightning_earlybird.reporting import log_metrics
 
 INTERVAL_S = 1.0
@@ -24,28 +25,40 @@ class TicketProgress(pl.Callback):
     Logged every ``log_every_n_steps``: ``ticket_N/steps_per_second`` and ``ticket_N/remaining_seconds``.
 
     Args:
-        began: Optimizer step at which this rank's tickets began.
-        steps: For each of them, the optimizer steps that it takes from there; None where nothing limits it.
+        courses: Own steps of this rank's tickets.
+        steps: For each of them, the optimizer steps that it takes in all; None where nothing limits it.
         outputs: Gives what ``training_step`` returned for each ticket on the last batch.
         tell: Takes the status of this rank's tickets; None on ranks that do not tell.
         before_end: Called when training ends, before any other callback hears of it.
+        logged_steps: In a fit that was resumed: what loggers take for the step at the next batch. Lightning loses count
+            where a checkpoint was not written in one of its own hooks.
     """
 
     def __init__(
         self,
-        began: int,
+        courses: Mapping[int, Course],
         steps: Mapping[int, int | None],
         outputs: Callable[[], Mapping[int, STEP_OUTPUT]],
         tell: Callable[[dict[str, Any]], None] | None,
         before_end: Callable[[], None],
+        logged_steps: int | None = None,
     ) -> None:
-        self._began = began
+        self._courses = courses
         self._steps = steps
         self._outputs = outputs
         self._tell = tell
         self._before_end = before_end
+        self._logged_steps = logged_steps
         self._pace: float | None = None
         self._last: tuple[float, int] | None = None  # moment and step of the last measurement
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._logged_steps is not None:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_steps
+            self._logged_steps = None
 
     @override
     def on_train_batch_end(
@@ -70,8 +83,8 @@ class TicketProgress(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before_end()
         if self._tell is not None:
-            done = trainer.global_step - self._began
-            self._tell({str(ticket): {"step": done, "steps": done, "ended": True} for ticket in self._steps})
+            done = {ticket: self._done(ticket, trainer.global_step) for ticket in self._steps}
+            self._tell({str(t): {"step": taken, "steps": taken, "ended": True} for t, taken in done.items()})
 
     def _report(self, step: int) -> None:
         if self._tell is None:
@@ -80,9 +93,8 @@ class TicketProgress(pl.Callback):
         for ticket, steps in self._steps.items():
             output = self._outputs().get(ticket)
             loss = output.get("loss") if isinstance(output, Mapping) else output
-            done = step - self._began
             status[str(ticket)] = {
-                "step": done if steps is None else min(done, steps),
+                "step": self._done(ticket, step),
                 "steps": steps,
                 "steps_per_second": self._pace,
                 "remaining_s": self._remaining(ticket, step),
@@ -91,10 +103,15 @@ class TicketProgress(pl.Callback):
             }
         self._tell(status)
 
+    def _done(self, ticket: int, step: int) -> int:
+        done, steps = self._courses[ticket].taken(step), self._steps[ticket]
+        return done if steps is None else min(done, steps)
+
     def _remaining(self, ticket: int, step: int) -> float | None:
         """Seconds until the ticket has had its steps; None where nothing limits them, or its pace is not known."""
-        steps = self._steps[ticket]
-        return max(0, steps - (step - self._began)) / self._pace if steps is not None and self._pace else None
+        steps, course = self._steps[ticket], self._courses[ticket]
+        # With the steps that it waits for others.
+        return max(0, steps - (step - course.zero)) / self._pace if steps is not None and self._pace else None
 
 
 def describe_progress(statuses: Mapping[int, Mapping[str, Any]]) -> str:

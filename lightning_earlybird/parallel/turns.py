@@ -11,8 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lightning_earlybird.ensemble import TicketEnsemble, Turn
+from lightning_earlybird.parallel.courses import Course
 from lightning_earlybird.parallel.integer_draws import unlimited_draws
 from lightning_earlybird.parallel.relay import logged_as
+from lightning_earlybird.parallel.separate import folder_of
 from lightning_earlybird.parallel.timesteps import find_sampler, limited_timesteps
 from lightning_earlybird.parallel.turn_check import TimestepsOutsideError, check_turn
 
@@ -23,36 +25,43 @@ class Turns:
     Args:
         module: The LightningModule.
         ensemble: The ensemble in the denoiser's place.
-        limits: ``max_steps`` of the tickets that this rank hosts; None has no limit of its own.
-        done: Gives the number of optimizer steps that the tickets have had.
+        courses: Ticket -> its own steps; of the tickets that this rank hosts.
+        step: Gives the optimizer steps that the rank has taken.
     """
 
     def __init__(
         self,
         module: pl.LightningModule,
         ensemble: TicketEnsemble,
-        limits: Mapping[int, int | None],
-        done: Callable[[], int],
+        courses: Mapping[int, Course],
+        step: Callable[[], int],
     ) -> None:
         self.outputs: dict[int, STEP_OUTPUT] = {}
         """Ticket -> what ``training_step`` returned in its turn on the present batch."""
         self._module = module
         self._ensemble = ensemble
-        self._limits = limits
-        self._done = done
+        self._courses = courses
+        self._step = step
         self._warned_of_evaluation = False
         # That of the denoiser, and copies that the module averages itself.
         self._ensembles = [part for part in module.modules() if isinstance(part, TicketEnsemble)]
 
     def begin_step(self) -> list[int]:
-        """The tickets that take part in the step that begins now: those that have not had their ``max_steps``."""
+        """The tickets that take part in the step that begins now: not those that have had their ``max_steps``."""
         self.outputs.clear()
-        done = self._done()
-        in_turn = [ticket for ticket, limit in self._limits.items() if limit is None or done < limit]
-        for ticket in set(self._limits).difference(in_turn):
+        step = self._step()
+        in_turn = [ticket for ticket, course in self._courses.items() if course.takes_part(step)]
+        for ticket in set(self._courses).difference(in_turn):
             for parameter in self._ensemble.tickets[ticket].parameters():
                 parameter.grad = None  # zeros would do, too, but for weight decay and momentum
+            self._forget_logged(ticket)
         return in_turn
+
+    def _forget_logged(self, ticket: int) -> None:
+        """Else Lightning logs a ticket's last value again at each step until the epoch ends."""
+        for result in self._module.trainer.fit_loop.epoch_loop._results.values():
+            if result.meta.name.startswith(f"{folder_of([ticket])}/"):
+                result._forward_cache = None
 
     @contextmanager
     def take(self, ticket: int) -> Iterator[None]:
@@ -63,7 +72,7 @@ class Turns:
         """
         bounds = self._ensemble.partition.training_bounds(ticket)
         self._give_turn(ticket, lambda timesteps: self._checked(ticket, bounds, timesteps))
-        with self._limited(bounds), logged_as(self._module, ticket, tuple(self._limits)):
+        with self._limited(bounds), logged_as(self._module, ticket, tuple(self._courses)):
             yield
 
     @contextmanager
@@ -73,7 +82,7 @@ class Turns:
         bounds = region.start, region.stop
         self._give_turn(ticket, lambda timesteps: self._warned(ticket, bounds, timesteps))
         try:
-            with self._limited(bounds), logged_as(self._module, ticket, tuple(self._limits)):
+            with self._limited(bounds), logged_as(self._module, ticket, tuple(self._courses)):
                 yield
         finally:
             self.end()

@@ -69,7 +69,7 @@ def test_loaders_that_are_asked_for_later_are_those_of_the_group():
         numbered.append(True)
         yield
 
-    added = GroupLoaders(trainer, WORLD, GROUP, number)
+    added = GroupLoaders(trainer, [WORLD], GROUP, number)
     sources = trainer.fit_loop._data_source, trainer.fit_loop.epoch_loop.val_loop._data_source
     assert sources[1].dataloader() == [given] and numbered == [True]
     assert (given.sampler.num_replicas, given.sampler.rank) == (2, 1)

@@ -12,6 +12,7 @@ from modules import Lit, fit, quiet_trainer
 from torch.distributed import HashStore
 from torchmetrics import MeanMetric
 
+from lightning_earlybird.parallel.courses import Course
 from lightning_earlybird.parallel.exchange import Beat, Exchange
 from lightning_earlybird.parallel.mail import Inbox, Outbox
 from lightning_earlybird.parallel.progress import AllTicketsInBar, Occasionally, TicketProgress, describe_progress
@@ -164,7 +165,8 @@ def test_progress_is_told_once_a_second_and_at_the_end_before_anything_else(monk
     told: list[dict[str, Any]] = []
     ended: list[int] = []
     progress = TicketProgress(
-        0, {0: 8, 1: None}, lambda: {0: torch.tensor(0.5), 1: {"loss": torch.tensor(0.25)}}, told.append,
+        dict.fromkeys((0, 1), Course(0, 0, None)), {0: 8, 1: None},
+        lambda: {0: torch.tensor(0.5), 1: {"loss": torch.tensor(0.25)}}, told.append,
         lambda: ended.append(len(told)),
     )  # fmt: skip
 
