@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import REGIONS, ConvNet
-from resuming import Natural, differences, logged, train
+from modules import REGIONS, ConvNet, Lit, loader, quiet_trainer
+from resuming import Natural, Saving, differences, lines, logged, of_two_lengths, stream, train
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.resume import CONTINUATION_KEY
@@ -45,6 +45,14 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "plateau": ("batch-6 validation-6 epoch-6 epoch-18", {"schedule": "plateau"}),
     "own generator of the data, no validation": ("batch-5 batch-6 epoch-12", {"generator": 3, "validation": False}),
+    "steps that limit the fit": ("batch-6 epoch-6 validation-12 epoch-18", {"max_steps": 22}),
+    "part of the data in each epoch": ("batch-2 batch-3 epoch-3 validation-6", {"limit_train_batches": 3}),
+    "data without a length": ("batch-3 batch-6 epoch-6 batch-14", {"loaders": lines, "max_steps": 24, "ema": None}),
+    "a stream of data": (
+        "batch-3 epoch-6 batch-18",
+        {"loaders": stream, "max_steps": 24, "ema": None, "limit_train_batches": 6},
+    ),
+    "two loaders": ("batch-5 batch-6 epoch-6 validation-12", {"loaders": of_two_lengths, "ema": None}),
     "plain loader at the end of an epoch": ("epoch-6 validation-12 batch-18", {"stateful": False}),
 }
 
@@ -87,6 +95,30 @@ def test_a_fit_that_was_killed_before_it_wrote_its_ensemble_writes_it_when_resum
     assert trainer.global_step == 24
     ours, theirs = (load_ensemble(tmp_path / name / "tickets" / "ensemble", ConvNet) for name in ("again", "whole"))
     assert differences(ours.state_dict(), theirs.state_dict()) == []
+
+
+def test_a_finished_fit_goes_on_with_the_next_epoch_where_steps_limit_it(tmp_path: Path) -> None:
+    def fit(steps: int, ckpt_path: Path | None = None) -> pl.Trainer:
+        trainer, _ = train(
+            tmp_path / str(steps), ckpt_path=ckpt_path, schedule="plateau", max_epochs=-1, max_steps=steps
+        )
+        return trainer
+
+    fit(18).save_checkpoint(tmp_path / "finished.ckpt")
+    again = fit(24, tmp_path / "finished.ckpt")
+    assert (again.global_step, again.current_epoch) == (24, 4)
+
+
+def test_a_search_that_had_stopped_the_fit_stops_it_again(tmp_path: Path) -> None:
+    def fit(ckpt_path: Path | None = None) -> pl.Trainer:
+        detector = EarlyBirdDetector([0.5], window=2, threshold=1.0, on_emergence="stop", round_to=4)
+        trainer = quiet_trainer(detector, Saving(tmp_path, ["epoch-8"]), max_epochs=9, enable_checkpointing=True)
+        module = Lit()
+        trainer.fit(module, loader(module), loader(module, 1), ckpt_path=ckpt_path)
+        return trainer
+
+    assert fit().global_step == 8
+    assert fit(tmp_path / "epoch-8.ckpt").global_step == 8
 
 
 def test_checkpoints_of_the_last_and_of_the_best_step_resume_alike(tmp_path: Path) -> None:
