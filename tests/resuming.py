@@ -37,7 +37,7 @@ class Natural(pl.LightningModule):
         self.schedule = schedule
         torch.manual_seed(0)
         self.model = ConvNet(16, dropout=0.1)
-        self.mean = MeanMetric()
+        self.mean, self.summed, self.val_mean, self.val_summed = (MeanMetric() for _ in range(4))
 
     def loss(self, samples: Tensor) -> Tensor:
         noise = torch.randn_like(samples) * (1 + 0.1 * np.random.rand())
@@ -53,14 +53,25 @@ class Natural(pl.LightningModule):
         loss = self.loss(batch[0] if isinstance(batch[0], Tensor) else torch.cat([part[0] for part in batch]))
         self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.mean.update(loss.detach())
+        self.summed.update(loss.detach())
         self.log("mean", self.mean, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch[0]), sync_dist=True)
+        loss = self.loss(batch[0])
+        self.log("val_loss", loss, sync_dist=True)
+        self.val_mean.update(loss)
+        self.log("val_mean", self.val_mean)
+        self.val_summed.update(loss)
+
+    def on_validation_epoch_end(self):
+        self.log("val_summed", self.val_summed.compute(), sync_dist=True)
+        self.val_summed.reset()
 
     def on_train_epoch_end(self):
         self.log("drawn", torch.rand(()), sync_dist=True)
+        self.log("summed", self.summed.compute(), sync_dist=True)
+        self.summed.reset()
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)

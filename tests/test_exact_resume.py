@@ -166,7 +166,7 @@ def test_what_no_longer_fits_is_left_out_and_said(tmp_path: Path) -> None:
     checkpoint = torch.load(path, weights_only=True)
     (own,) = checkpoint[CONTINUATION_KEY]["ranks"]
     own["random"]["torch"] = own["random"]["torch"][:100]
-    own["means"]["results"]["training_step.mean"]["attribute"] = "renamed"
+    own["means"]["metrics"]["renamed"] = own["means"]["metrics"].pop("mean")
     checkpoint[CONTINUATION_KEY]["gradients"] = {"model.gone": torch.zeros(1)}
     torch.save(checkpoint, path)
     with warnings.catch_warnings(record=True) as caught:
