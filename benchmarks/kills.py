@@ -1,6 +1,6 @@
 """The demo is killed again and again, resumed each time, and must come to the result of the demo left alone.
 
-    python benchmarks/kills.py [--kills 30] [--seed 0] [--folder DIR] [KEY=VALUE ...]
+    python benchmarks/kills.py [--kills 30] [--seed 0] [--signal KILL] [--folder DIR] [KEY=VALUE ...]
 
 First `examples/digits.py` runs undisturbed. Then it runs with `resume=true` in another folder, and SIGKILL ends it and
 all its processes `--kills` times: while it starts, at random moments of the training, while a checkpoint, the tickets
@@ -10,8 +10,8 @@ In the end the last checkpoint (weights, averaged weights, optimizer, schedule, 
 random states), both directories of tickets, all figures and samples and the metrics must be the same, bit for bit.
 Times on the clock are not compared, nor is the place of the files.
 
-KEY=VALUE overrides the demo's configuration in both runs. An undisturbed run in `--folder` is used again if its
-configuration was the same.
+`--signal TERM` and `--signal INT` end it as schedulers and Ctrl-C do. KEY=VALUE overrides the demo's configuration in
+both runs. An undisturbed run in `--folder` is used again if its configuration was the same.
 
 `benchmarks/killed_fits.py` kills small fits before each of their acts upon files, one after the other.
 """
@@ -172,15 +172,27 @@ class Killer:
         demo: Its victim.
         kills: How often.
         seed: Of the moments.
+        by: The signal.
         switch: Optimizer step of the switch in the undisturbed run.
         steps: All optimizer steps of it.
         epoch: Optimizer steps of an epoch.
         seconds: What the training took in it.
     """
 
-    def __init__(self, demo: Demo, kills: int, seed: int, switch: int, steps: int, epoch: int, seconds: float) -> None:
-        self.demo, self.kills, self.switch, self.steps, self.epoch = demo, kills, switch, steps, epoch
-        self.seconds = seconds
+    def __init__(
+        self,
+        demo: Demo,
+        kills: int,
+        seed: int,
+        by: signal.Signals,
+        *,
+        switch: int,
+        steps: int,
+        epoch: int,
+        seconds: float,
+    ) -> None:
+        self.demo, self.kills, self.by = demo, kills, by
+        self.switch, self.steps, self.epoch, self.seconds = switch, steps, epoch, seconds
         self.random = random.Random(seed)
         self.done: list[Kill] = []
 
@@ -242,6 +254,8 @@ class Killer:
                 if process.returncode:
                     sys.exit(f"the demo ended with status {process.returncode}:\n{self.demo.said()[-3000:]}")
                 return False
+            os.killpg(process.pid, self.by)
+            process.wait(PATIENCE_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -268,6 +282,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", type=lambda name: signal.Signals[f"SIG{name}"], default=signal.SIGKILL)
     parser.add_argument("--folder", type=Path, help="where both runs are left; a temporary one is removed")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -292,7 +307,8 @@ def main() -> int:
             "| kill | moment | s after start | resumed from step | left step | being written |\n|--|--|--|--|--|--|",
             flush=True,
         )
-        killer = Killer(killed, options.kills, options.seed, switch, steps, steps // epochs, trained_s)
+        moments = {"switch": switch, "steps": steps, "epoch": steps // epochs, "seconds": trained_s}
+        killer = Killer(killed, options.kills, options.seed, options.signal, **moments)
         began = time.monotonic()
         while len(killer.done) < options.kills and killer.kill():
             pass
