@@ -48,6 +48,7 @@ DEFAULTS = ["wandb.mode=disabled", "checkpoint.every_n_epochs=1"]
 CLOCK = frozenset({"seconds", "search_s", "wandb_id"})
 BEGINS = re.compile(r"Restored all states|the denoiser is '")
 ASIDE = {"checkpoint": r"checkpoints/\..*", "tickets": r"\.switch\..*", "ensemble": r"\.ensemble\..*"}
+OWNER = re.compile(r"\.[0-9a-f]{8}-(\d+)-[0-9a-f]{12}(?=\.(?:partial|former)$)")
 PATIENCE_S = 900.0
 
 
@@ -112,9 +113,15 @@ class Demo:
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def aside(self) -> list[str]:
-        """What is being written at this moment."""
-        return [path for folder in ("", "checkpoints/") for path in _hidden(self.folder, folder)]
+    def aside(self, pid: int | None = None) -> list[str]:
+        """What lies aside at this moment; of one process only, which writes it, or of all that were killed as well."""
+        names = [path for folder in ("", "checkpoints/") for path in _hidden(self.folder, folder)]
+        owners = [OWNER.search(name) for name in names]
+        return [
+            OWNER.sub("", name)
+            for name, owner in zip(names, owners, strict=True)
+            if pid is None or (owner is not None and int(owner[1]) == pid)
+        ]
 
     @property
     def last(self) -> Path:
@@ -204,7 +211,7 @@ class Killer:
         at_switch = sum(kill.wanted == "tickets" for kill in self.done)
         # Kills are spread over the training: those behind the switch must not be eaten up before it.
         before = self.kills * self.switch / self.steps
-        if step < self.switch and at_switch < 5 and (len(self.done) >= before or step >= self.switch - 3 * self.epoch):
+        if step <= self.switch and at_switch < 5 and (len(self.done) >= before or step >= self.switch - 3 * self.epoch):
             return "tickets"
         return self.random.choices(["starting", "training", "checkpoint"], [0.15, 0.4, 0.45])[0]
 
@@ -234,7 +241,7 @@ class Killer:
                 if "sampling: ticket" in demo.said():
                     return True
             else:
-                writing = any(re.fullmatch(ASIDE[wanted], name) for name in demo.aside())
+                writing = any(re.fullmatch(ASIDE[wanted], name) for name in demo.aside(process.pid))
                 writes -= writing and not seen and wanted == "checkpoint"
                 seen = writing
                 if writing and (wanted != "checkpoint" or writes <= 0):
@@ -262,7 +269,7 @@ class Killer:
             process.wait()
         restored = re.findall(r"Restored all states from the checkpoint at (\S+)", self.demo.said())
         assert all(Path(path) == self.demo.last for path in restored), restored
-        aside = tuple(re.sub(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{12}", "", name) for name in self.demo.aside())
+        aside = tuple(self.demo.aside(process.pid))
         after_s = time.monotonic() - began
         self.demo.check()
         step = self.demo.step()
