@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_earlybird.arguments import check_choice
 from lightning_earlybird.checkpoint_files import read_checkpoint
+from lightning_earlybird.descriptions import build_dense, sketch_dense
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.files import Field
-from lightning_earlybird.records import build_dense
 from lightning_earlybird.saved_structure import CHECKPOINT_KEY, SavedStructure, tensors_of_tickets
 
 Weights = Literal["auto", "raw", "ema"]
@@ -77,6 +77,13 @@ def load_tickets(
     )
     description = Field(complete.record.denoiser, str(paths[0]), f"{CHECKPOINT_KEY}.record.denoiser")
     with torch.random.fork_rng(devices=[]):
+        if denoiser is None and complete.record.denoiser is not None:
+            # Both come from the file: they are tried before memory is taken for the network.
+            sketch = sketch_dense(description, [states[index] for index in sorted(states)])
+            try:
+                complete.check(sketch)
+            except ValueError as error:
+                description.fail(f"builds a network that the tickets do not fit: {error}")
         dense = build_dense(denoiser, description)
     try:
         complete.check(dense)

@@ -15,7 +15,7 @@ from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import find_ensemble, forget_training, split_name
 from lightning_earlybird.ensemble import TicketEnsemble
 from lightning_earlybird.saved_structure import CHECKPOINT_KEY, SavedStructure, check_dtypes, write_structure
-from lightning_earlybird.transition import averaged_modules, replace_denoiser, replace_outside_trainer
+from lightning_earlybird.transition import averaged_modules, let_tickets_idle, replace_denoiser, replace_outside_trainer
 
 _OF_TICKET = re.compile(r"(^|\.)tickets\.[0-9]+\.")
 
@@ -101,8 +101,11 @@ def follow_checkpoints(trainer: pl.Trainer, module: pl.LightningModule) -> Calla
     """Have the module's checkpoints carry the structure of its tickets, and restore it before weights are loaded.
 
     Both go through the module's own hooks: Lightning loads weights strictly before any callback sees the checkpoint,
-    and asks no callback at all where only weights are saved. Returns a function that undoes it.
+    and asks no callback at all where only weights are saved. To be called in a callback's ``setup``. Returns a function
+    that undoes it.
     """
+    if find_ensemble(module) is not None:
+        let_tickets_idle(trainer.strategy)  # a module that was loaded, or trained before, is not restored once more
     own_load, own_save = module.on_load_checkpoint, module.on_save_checkpoint
 
     # Closures and not bound methods: WeightAveraging deep-copies the module, and must not clone callbacks with it.

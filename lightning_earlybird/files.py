@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import reprlib
 import stat
@@ -105,7 +106,7 @@ class Field:
         if not _PLAIN_NAME.fullmatch(name):
             self.fail(f"is {name!r}, expected the plain name of a file in the same directory.")
         path = directory / name
-        if path.is_symlink():
+        if os.path.islink(path):
             self.fail(f"names {name!r}, which is a link in {str(directory)!r}; {_LINK_REMEDY}.")
         if not is_plain_file(path):
             self.fail(f"names the file {name!r}, which is not in {str(directory)!r}; copy the whole directory.")
@@ -131,7 +132,7 @@ def read_json(path: Path) -> Field:
         EnsembleFormatError: If the file does not exist, is not JSON, or is larger or nested deeper than any real one.
     """
     root = Field(None, str(path))
-    if path.is_symlink():
+    if os.path.islink(path):
         root.fail(f"cannot be read: it is a link; {_LINK_REMEDY}.")
     if not is_plain_file(path):
         root.fail("cannot be read: there is no such file. Pass the directory that holds it.")

@@ -188,14 +188,17 @@ def ordinary_tensor(field: Field) -> Tensor:
 
 
 def check_dtypes(ticket: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Refuses tensors whose numbers would change their meaning in a network: only floating dtypes may differ.
+    """Refuses tensors whose numbers would change their meaning in a network.
+
+    Only floating dtypes may differ, of those that layers compute in: of 16 bits and more.
 
     Raises:
         ValueError: The message names the tensor.
     """
     own = ticket.state_dict()
     for name, dtype in dtypes.items():
-        if dtype != own[name].dtype and not (dtype.is_floating_point and own[name].is_floating_point()):
+        both = (dtype, own[name].dtype)
+        if dtype != own[name].dtype and not all(each.is_floating_point and each.itemsize > 1 for each in both):
             raise ValueError(f"tensor {name!r} is {dtype}, but the network has {own[name].dtype} there.")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_earlybird.compilation import unwrap
+from lightning_earlybird.descriptions import build_dense, describe_denoiser, read_denoiser, sketch_dense
 from lightning_earlybird.durable import settle, written_aside
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.files import EnsembleFormatError, Field, is_plain_file, read_json, sha256_of
@@ -24,13 +25,9 @@ from lightning_earlybird.records import (
     Edits,
     EnsembleRecord,
     TicketFacts,
-    build_dense,
-    describe_denoiser,
-    read_denoiser,
     read_edits,
     read_facts,
     read_shape,
-    sketch_dense,
 )
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.structure import resize_
@@ -52,10 +49,6 @@ FORMAT = "lightning-earlybird ensemble"
 FORMAT_VERSION = 1
 INDEX_FILE = "ensemble.json"
 MASKS_FILE = "masks.safetensors"
-
-# How large a dense network a description may build: so many bytes, or so many times the bytes of the tickets' files.
-_ALWAYS_BUILT_BYTES = 1 << 28
-_LARGEST_GROWTH = 256
 
 # What layers compute in; a ticket may have another of these than its dense network.
 _COMPUTING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -248,21 +241,9 @@ def _rehearse(
     description: Field, states: Sequence[Mapping[str, Tensor]], edits: Sequence[Edits], entries: Sequence[Field]
 ) -> None:
     """Goes through with it on the meta device, so that a network that cannot become the tickets costs no memory."""
-    sketch = sketch_dense(description, max(len(state) for state in states))
+    sketch = sketch_dense(description, states)
     for state, each, entry in zip(states, edits, entries, strict=True):
         _resized(copy.deepcopy(sketch), state, each, entry)
-    stored, needed = (
-        sum(tensor.nbytes for tensor in tensors)
-        for tensors in (
-            [tensor for state in states for tensor in state.values()],
-            [*sketch.parameters(), *sketch.buffers()],
-        )
-    )
-    if needed > max(_ALWAYS_BUILT_BYTES, _LARGEST_GROWTH * stored):
-        description.fail(
-            f"builds a network of {needed:,} bytes for tickets of {stored:,} bytes; if that is meant, pass denoiser=, "
-            "a function without arguments that builds it."
-        )
 
 
 def tensor_names(directory: str | os.PathLike[str]) -> set[str]:
@@ -306,6 +287,8 @@ def _read_masks(index: Field, entries: Sequence[Field], folder: Path) -> tuple[T
     for number, entry in enumerate(entries):
         # The order of the groups is kept in the index: safetensors sorts its tensors.
         names = [name.text() for name in entry["groups"].elements()]
+        if len(set(names)) < len(names):
+            entry["groups"].fail("names a group twice.")
         if missing := [name for name in names if f"{number}/{name}" not in tensors]:
             entry["groups"].fail(f"names groups without a mask in {MASKS_FILE!r}: {missing}.")
         kept = {name: tensors.pop(f"{number}/{name}") for name in names}

@@ -1,9 +1,16 @@
 """Checks of constructor arguments."""
 
+import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_earlybird.arguments import check_choice, check_fraction, check_positive, check_resumed
+from lightning_earlybird.arguments import (
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_resumed,
+    check_state_version,
+)
 
 
 def test_positive_integers_and_none_pass() -> None:
@@ -35,3 +42,14 @@ def test_only_settings_that_a_checkpoint_knows_otherwise_are_refused() -> None:
     message = "target='macs' does not fit the checkpoint, whose .* made with target='params'. Resume with that value"
     with pytest.raises(MisconfigurationException, match=message):
         check_resumed({"norm": "exact", "target": "macs"}, {"target": "params"})
+
+
+@pytest.mark.parametrize("version", [None, 0, -1, 4, "1", 1.0, True])
+def test_the_state_of_a_callback_has_a_known_format(version: object) -> None:
+    for known in (1, 2, 3):
+        check_state_version(pl.Callback(), {"format_version": known}, newest=3)
+    message = rf"ckpt_path: the state of Callback has format_version={version!r}, and this .* reads 1 to 3\. Upgrade"
+    with pytest.raises(MisconfigurationException, match=message):
+        check_state_version(pl.Callback(), {"format_version": version}, newest=3)
+    with pytest.raises(MisconfigurationException, match="format_version=None"):
+        check_state_version(pl.Callback(), {}, newest=3)

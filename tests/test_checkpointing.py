@@ -174,8 +174,7 @@ def test_checkpoints_load_without_unpickling_whatever_scores_channels_and_number
         assert (CHECKPOINT_KEY in checkpoint) == (step == 6) == (pruner.switched_at < step)
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1", True])
-@pytest.mark.parametrize("whose", ["EarlyBirdDetector", "TimestepAwarePruner"])
+@pytest.mark.parametrize(("whose", "version"), [("EarlyBirdDetector", 2), ("TimestepAwarePruner", None)])
 def test_a_callbacks_state_of_another_format_is_refused_by_name(
     whose: str, version: Any, sides_of_a_switch: Path, tmp_path: Path
 ) -> None:

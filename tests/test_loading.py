@@ -251,17 +251,29 @@ def test_layers_that_configure_model_makes_are_there_in_time(plain: Fit) -> None
 def test_a_class_that_the_checkpoint_names_may_have_a_hook_of_its_own(plain: Fit) -> None:
     """LightningCLI's checkpoints name the class below the one that is asked for."""
 
-    class Below(Plain):
+    class Asked(Plain):
+        chosen: type
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().__new__(cls.chosen)
+
+    class Below(Asked):
         def on_load_checkpoint(self, checkpoint):
             self.kind = type(self.model)
 
-    class Chooses(Plain):
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return object.__new__(Below) if cls is Chooses else object.__new__(cls)
-
-    Below.__bases__ = (Chooses,)
-    module = load_from_checkpoint(Chooses, plain.at(8))
+    Asked.chosen = Below
+    module = load_from_checkpoint(Asked, plain.at(8))
     assert type(module) is Below and module.kind is TicketEnsemble
+
+
+@pytest.mark.parametrize("who", ["pruner", "nobody"])
+def test_a_loaded_module_can_be_trained_on(who: str, plain: Fit, tmp_path: Path) -> None:
+    module = load_from_checkpoint(Plain, plain.at(8))
+    found = callbacks(tmp_path) if who == "pruner" else []
+    fit(module, EMAWeightAveraging(decay=0.8), *found, max_epochs=1)
+    assert isinstance(module.model, TicketEnsemble)
+    assert any(not torch.equal(value, plain.weights.averaged[1][name]) for name, value in module.state_dict().items())
+    assert (tmp_path / "tickets" / "ensemble").exists() == (who == "pruner")
 
 
 def test_a_part_of_an_ensemble_is_refused_by_name(plain: Fit, tmp_path: Path) -> None:
@@ -388,14 +400,15 @@ def test_a_trainer_without_us_cannot_load_tickets_into_a_module_without_the_mixi
 @pytest.mark.parametrize("who", ["pruner", "detector"])
 @pytest.mark.parametrize("ema", [False, True])
 def test_the_trainer_of_the_fit_finds_its_best_and_last_checkpoints(who: str, ema: bool, tmp_path: Path) -> None:
-    found = callbacks(tmp_path)
-    if who == "detector":
+    def found() -> list[pl.Callback]:
         settings: dict[str, Any] = {"every_n_train_steps": 2, "window": 2, "threshold": 1.0, "round_to": 4}
-        found = [EarlyBirdDetector([0.5], on_emergence="prune", **settings)]
+        detector = EarlyBirdDetector([0.5], on_emergence="prune", **settings)
+        return callbacks(tmp_path) if who == "pruner" else [detector]
+
     best = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
     extra = [EMAWeightAveraging(decay=0.8)] if ema else []
     module = Plain()
-    trainer = fit(module, *extra, *found, best, max_epochs=3, enable_checkpointing=True, limit_val_batches=1.0)
+    trainer = fit(module, *extra, *found(), best, max_epochs=3, enable_checkpointing=True, limit_val_batches=1.0)
     assert isinstance(module.model, TicketEnsemble)
     for path, exact in (("best", best.best_model_path), ("last", best.last_model_path)):
         fresh = load_from_checkpoint(Plain, exact)
@@ -412,12 +425,8 @@ def test_the_trainer_of_the_fit_finds_its_best_and_last_checkpoints(who: str, em
         assert torch.equal(result[2], expected[2])
     # A fresh Trainer whose callbacks look into the same directory finds the last one, too.
     other = Plain()
-    fresh_trainer = quiet_trainer(
-        *callbacks(tmp_path),
-        ModelCheckpoint(tmp_path, save_last=True),
-        limit_val_batches=1.0,
-        enable_checkpointing=True,
-    )
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    fresh_trainer = quiet_trainer(*found(), last, limit_val_batches=1.0, enable_checkpointing=True)
     fresh_trainer.test(other, loader(other), ckpt_path="last", verbose=False)
     assert isinstance(other.model, TicketEnsemble)
 

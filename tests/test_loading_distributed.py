@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from modules import REGIONS, ConvNet, Lit, loader, quiet_trainer
+from modules import ConvNet, Lit, Repeatable, loader, quiet_trainer
 
 import lightning_earlybird
 from lightning_earlybird import (
@@ -23,19 +23,22 @@ from lightning_earlybird import (
 )
 
 
-class Ours(TicketCheckpoints, Lit):
+class Ours(TicketCheckpoints, Repeatable):
     """Carries the structure of its tickets by itself."""
 
 
-def run(out: Path, *callbacks: pl.Callback, max_steps: int, strategy: Any = "ddp", ckpt_path: Any = None) -> pl.Trainer:
-    module = Ours()
-    torch.manual_seed(100 + int(os.environ.get("LOCAL_RANK", "0")))  # noise and timesteps of each rank's own
+# So narrow that most batches have no sample for the first ticket.
+REGIONS = [(0, 10, 0.25), (10, 1000, 0.5)]
+
+
+def run(out: Path, *callbacks: pl.Callback, max_steps: int, module: Any = None, **settings: Any) -> None:
+    ckpt_path = settings.pop("ckpt_path", None)
+    module = Ours() if module is None else module
     saving = ModelCheckpoint(out, filename="{step}", save_last=True)
     averaging = EMAWeightAveraging(decay=0.8)
-    settings = {"strategy": strategy, "devices": 2, "max_steps": max_steps, "enable_checkpointing": True}
+    settings = {"strategy": "ddp", "devices": 2, "max_steps": max_steps, "enable_checkpointing": True, **settings}
     trainer = quiet_trainer(averaging, *callbacks, saving, default_root_dir=out, **settings)
     trainer.fit(module, loader(module, 8), ckpt_path=ckpt_path)
-    return trainer
 
 
 def run_two_processes(out: Path) -> None:
@@ -45,6 +48,8 @@ def run_two_processes(out: Path) -> None:
     run(out / "first", pruner("first"), max_steps=4)
     for name, callbacks in (("pruner", [pruner("pruner")]), ("mixin", [])):
         run(out / name, *callbacks, max_steps=8, ckpt_path=out / "first" / "last.ckpt")
+    loaded = load_from_checkpoint(Lit, out / "first" / "last.ckpt")
+    run(out / "loaded", pruner("loaded"), module=loaded, max_steps=4)
     run(out / "apart", pruner("apart"), max_steps=6, strategy=MultiTicketStrategy())
 
 
@@ -61,6 +66,9 @@ def test_checkpoints_of_two_processes_travel(tmp_path: Path) -> None:
         assert ours[kind].keys() == theirs[kind].keys()
         assert all(torch.equal(value, theirs[kind][name]) for name, value in ours[kind].items()), kind
     assert len(Ours.load_from_checkpoint(tmp_path / "mixin" / "last.ckpt").model.tickets) == 2
+
+    # A fit that begins with a loaded module does not wait for the ticket that a batch misses.
+    assert torch.load(tmp_path / "loaded" / "last.ckpt", weights_only=True)["global_step"] == 4
 
     # What groups have saved apart makes the ensemble that the fit has written at its end.
     groups = [tmp_path / "apart" / f"ticket_{ticket}" / "last.ckpt" for ticket in (0, 1)]

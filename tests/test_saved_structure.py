@@ -237,6 +237,10 @@ def _widen(weights: dict[str, Tensor], factor: int) -> None:
         (lambda s, w: _widen(w, 10**12), r"'conv_in.bias' has shape \(1000000000000,\), which is no part of"),
         (lambda s, w: w.update({f"{TICKETS}0.conv_in.bias": torch.ones(8).long()}), "is torch.int64, but the network"),
         (lambda s, w: w.update({f"{TICKETS}0.conv_in.bias": torch.ones(8).bool()}), "is torch.bool, but the network"),
+        (
+            lambda s, w: w.update({f"{TICKETS}0.conv_in.bias": torch.ones(8).to(torch.float8_e5m2)}),
+            "is torch.float8_e5m2, but the network",
+        ),
         (lambda s, w: s["record"]["edits"][0].update(nowhere={"x": 1}), "module 'nowhere' is not in the network"),
         (lambda s, w: s["record"]["edits"][0].update(norm={"eps": 1}), "norm.eps is not a width that a ticket may"),
         (lambda s, w: s["record"]["edits"][0].update(norm={"num_groups": 3}), "norm.num_groups = 3 does not divide"),

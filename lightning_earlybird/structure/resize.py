@@ -127,8 +127,9 @@ def _checked_edits(dense: nn.Module, name: str, values: Mapping[str, Any]) -> di
         if attribute == "group_sizes" and type(module) is nn.GroupNorm:
             checked[attribute] = _checked_sizes(module, name, value)
             continue
-        old = getattr(module, attribute, None)
-        if attribute not in allowed or not isinstance(old, int | tuple):
+        # What may not be written is not read either: networks warn of some of their attributes.
+        old = getattr(module, attribute, None) if attribute in allowed else None
+        if not isinstance(old, int | tuple):
             raise ValueError(f"attribute {name}.{attribute} is not a width that a ticket may change.")
         given, limits = ([value], [old]) if isinstance(old, int) else (value, old)
         if (

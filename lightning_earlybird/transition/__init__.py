@@ -6,13 +6,19 @@
 from lightning_earlybird.transition.averages import averaged_modules, initial_share
 from lightning_earlybird.transition.checks import check_supported
 from lightning_earlybird.transition.scores import forget_scores
-from lightning_earlybird.transition.switch import replace_denoiser, replace_outside_trainer, unwrap_ddp
+from lightning_earlybird.transition.switch import (
+    let_tickets_idle,
+    replace_denoiser,
+    replace_outside_trainer,
+    unwrap_ddp,
+)
 
 __all__ = [
     "averaged_modules",
     "check_supported",
     "forget_scores",
     "initial_share",
+    "let_tickets_idle",
     "replace_denoiser",
     "replace_outside_trainer",
     "unwrap_ddp",

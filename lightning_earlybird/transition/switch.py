@@ -148,9 +148,13 @@ def unwrap_ddp(strategy: Strategy) -> bool:
     return True
 
 
-def _prepare_ddp(strategy: Strategy, wrapped: bool) -> None:
+def let_tickets_idle(strategy: Strategy) -> None:
+    """Have DDP not wait for the gradients of a ticket that a rank's batch misses; before it wraps the module."""
     if isinstance(strategy, DDPStrategy):
-        # The gradients of a ticket that a rank's batch misses would otherwise be waited for.
         strategy._ddp_kwargs["find_unused_parameters"] = True
-        if wrapped:
-            strategy.configure_ddp()
+
+
+def _prepare_ddp(strategy: Strategy, wrapped: bool) -> None:
+    let_tickets_idle(strategy)
+    if isinstance(strategy, DDPStrategy) and wrapped:
+        strategy.configure_ddp()
