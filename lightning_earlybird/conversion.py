@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_earlybird.budget import Target
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.importance import check_finite
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
@@ -143,33 +144,22 @@ def convert(
 
     Returns:
         The ensemble that now stands in the denoiser's place, with its record.
+
+    Raises:
+        NonFiniteWeightsError: A weight, or an averaged one, is NaN or infinite; nothing has been changed.
     """
     name, plan = found.call.name, found.plan
     dense = unwrap(module.get_submodule(name))
+    check_finite(dense)  # not every criterion has looked at the weights
+    for average in averaged_modules(trainer):
+        check_finite(average.get_submodule(name), "the averaged denoiser")
     slicers = [TicketSlicer(plan, mask) for mask in masks]
-    description = describe_denoiser(dense)
     parameters = count_parameters(dense)
-
-    def build(network: nn.Module) -> nn.Module:
-        if initial_weights is not None:
-            network = copy.deepcopy(network)
-            network.load_state_dict(initial_weights)
-        # A repair (making up for the removed channels in closed form) would act on these networks, before they train.
-        tickets = [extract(network, plan, mask, norm=norm) for mask in masks]
-        return TicketEnsemble(tickets, partition, found.call.timesteps)
-
-    def inherit(name: str, tensor: Tensor) -> Tensor:
-        ticket, dense_name = split_name(name)
-        return slicers[ticket].slice(dense_name, tensor)
-
-    if initial_weights is not None:
-        forget_training(trainer, dense)
-    edits = tuple(attribute_edits(dense, extract(dense, plan, mask, norm=norm)) for mask in masks)
-    ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
-    assert isinstance(ensemble, TicketEnsemble)
-    forget_scores(trainer)
-    facts = []
-    for region, mask, ticket in zip(partition, masks, ensemble.tickets, strict=True):
+    edits, facts = [], []
+    # All of the record comes before the dense network leaves, so that tickets and their record are never apart.
+    for region, mask in zip(partition, masks, strict=True):
+        ticket = extract(dense, plan, mask, norm=norm)
+        edits.append(attribute_edits(dense, ticket))
         with torch.compiler.set_stance("force_eager"):
             macs = count_macs(ticket, *found.call.for_network(ticket))
         searched = emerged.get(region)
@@ -184,11 +174,27 @@ def convert(
                 target=target,
             )
         )
-    record = EnsembleRecord(description, edits, tuple(masks), tuple(facts), found.call.sample_shape)
-    for root in (module, *averaged_modules(trainer)):
-        in_slot = root.get_submodule(name)
-        assert isinstance(in_slot, TicketEnsemble)
-        in_slot.record = record
+    record = EnsembleRecord(describe_denoiser(dense), tuple(edits), tuple(masks), tuple(facts), found.call.sample_shape)
+
+    def build(network: nn.Module) -> nn.Module:
+        if initial_weights is not None:
+            network = copy.deepcopy(network)
+            network.load_state_dict(initial_weights)
+        # A repair (making up for the removed channels in closed form) would act on these networks, before they train.
+        tickets = [extract(network, plan, mask, norm=norm) for mask in masks]
+        ensemble = TicketEnsemble(tickets, partition, found.call.timesteps)
+        ensemble.record = record
+        return ensemble
+
+    def inherit(name: str, tensor: Tensor) -> Tensor:
+        ticket, dense_name = split_name(name)
+        return slicers[ticket].slice(dense_name, tensor)
+
+    if initial_weights is not None:
+        forget_training(trainer, dense)
+    ensemble = replace_denoiser(trainer, module, name, build, inherit, lambda new: split_name(new)[1])
+    assert isinstance(ensemble, TicketEnsemble)
+    forget_scores(trainer)
     return ensemble
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Literal, get_args
 
@@ -28,16 +28,19 @@ from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.convergence import MaskCheck, MaskWindow
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
-from lightning_earlybird.importance import Criterion, check_criterion
+from lightning_earlybird.importance import Criterion, NonFiniteGradientsError, check_criterion
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_metrics, ticket_table
-from lightning_earlybird.resume import Continuing
+from lightning_earlybird.resume import Continuing, begins_anew
 from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
 from lightning_earlybird.structure import Norm
 from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
+
+# Checks in a row that may fail for gradients that are NaN or infinite: one batch may be bad, but not all of them.
+_MOST_UNSOUND = 5
 
 
 class EarlyBirdDetector(Continuing):
@@ -51,7 +54,9 @@ class EarlyBirdDetector(Continuing):
     Logged at each check, per sparsity S: ``earlybird/distance/S`` (the one that decides),
     ``earlybird/distance_from_init/S``, ``earlybird/distance_to_half/S`` (to the mask at half the training so far), and
     once ``earlybird/null_line/S`` (the distance of two random masks). Where each region has masks of its own, S is
-    ``START-STOP``. Criteria that take gradients also log ``earlybird/scoring_seconds``.
+    ``START-STOP``. Criteria that take gradients also log ``earlybird/scoring_seconds``. Of several detectors in one
+    Trainer that share a sparsity, all but the first (or the one that a pruner uses) log under ``earlybird/CRITERION``
+    instead of ``earlybird``.
 
     Differs from the paper: masks are drawn from the raw weights by default, not from averaged ones, in which the
     initialisation lives on for long and which therefore seem settled early; the sparsity is met exactly, in widths that
@@ -95,8 +100,8 @@ class EarlyBirdDetector(Continuing):
         ValueError: If an argument is out of range.
         MisconfigurationException: In ``setup`` or during the first batch, if the Trainer, the module or the denoiser
             cannot be pruned.
-        NonFiniteWeightsError: At a check, if a parameter of the denoiser, or a gradient that scores it, is NaN or
-            infinite.
+        NonFiniteWeightsError: At a check, if a parameter of the denoiser is NaN or infinite; or the gradients that
+            score it, at five checks in a row. A check where only gradients are is left out, with a warning.
 
     Example::
 
@@ -172,6 +177,8 @@ class EarlyBirdDetector(Continuing):
         self._warned_of_inertia = False
         self._fitting = True
         self._missed: set[float] = set()  # sparsities that cannot be met, as has been said
+        self._unsound = 0  # checks in a row that have failed for their gradients
+        self._namespace = "earlybird"  # what names of metrics begin with
         self._unfollow: Callable[[], None] | None = None
         self._saved_call: dict[str, Any] | None = None  # of a checkpoint
 
@@ -230,7 +237,11 @@ class EarlyBirdDetector(Continuing):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(sparsities=[float(s) for s in self.sparsities], denoiser=self.denoiser)
+        # What is at its default is left out, so that the state of a checkpoint from before it belonged here is found.
+        usual = {"criterion": "magnitude", "weights": "raw"}
+        odd = {name: value for name, value in self._kind.items() if value != usual[name]}
+        sparsities = [float(s) for s in self.sparsities]
+        return self._generate_state_key(sparsities=sparsities, denoiser=self.denoiser, **odd)
 
     # --- hooks
 
@@ -254,14 +265,34 @@ class EarlyBirdDetector(Continuing):
                 "weights='ema' needs a WeightAveraging callback in the Trainer. Add EMAWeightAveraging(), or use "
                 "weights='raw'."
             )
-        if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
+        if not any(getattr(callback, "detector", None) is self for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._served, self._served_partition = {}, None  # by the pruner of an earlier fit
+        # Asked in any case, because it takes note of the module.
+        if begins_anew(trainer, pl_module, self) or (self._finished and find_ensemble(pl_module) is None):
             self._search = self._new_search()
             self._scorer = self._new_scorer()
             self.found, self._finished, self._last_check_step = None, False, -1
-            self._warned_of_inertia, self._missed = False, set()
+            self._warned_of_inertia, self._missed, self._unsound = False, set(), 0
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        # With another criterion there is no state under this key, and the search would silently begin anew. The state
+        # of a like detector that is not here any more stands for it, which `load_state_dict` takes or refuses: written
+        # before the criterion belonged to the key, or under other settings.
+        states: dict[Any, Any] = checkpoint.get("callbacks", {})
+        taken = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        alike = self._generate_state_key(sparsities=[float(s) for s in self.sparsities], denoiser=self.denoiser)
+        if self.state_key not in states:
+            left = [key for key in states if key not in taken and str(key).startswith(alike.rstrip("}"))]
+            if left:
+                states[self.state_key] = states[left[0]]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._namespace = self._own_namespace(trainer)
         if self._denoiser is not None:  # not in `setup`, which comes before the module's own and `configure_model`
             check_name(pl_module, self._denoiser)
         check_supported(trainer, pl_module, None if self._finished else self._denoiser)
@@ -359,7 +390,9 @@ class EarlyBirdDetector(Continuing):
         if self.found is None or self._finished or step == self._last_check_step:
             return
         self._last_check_step = step
-        masks = self.draw(trainer, pl_module)
+        masks = self.try_draw(trainer, pl_module)
+        if masks is None:
+            return
         checks = self._search.push(masks, step)
         if self.weights == "ema" and any(check.distance is not None for check in checks.values()):
             self._warn_of_inertia(trainer)
@@ -370,14 +403,15 @@ class EarlyBirdDetector(Continuing):
             name = short_name(key)
             if check.distance is not None:
                 # The same on every rank; synchronised all the same, or Lightning warns that it may not be.
-                pl_module.log(f"distance/{name}", check.distance, prog_bar=True, logger=False, sync_dist=True)
+                shown = f"distance/{name}" if self._namespace == "earlybird" else f"{self._namespace}/distance/{name}"
+                pl_module.log(shown, check.distance, prog_bar=True, logger=False, sync_dist=True)
             # Every rank scores the same weights, yet a switch on one rank only would hang the others: they vote.
             converged = trainer.strategy.reduce_boolean_decision(check.converged, all=True)
             if converged and key not in self.emerged:
                 self._search.emerge(key, masks[key], step)
                 metrics[f"earlybird/emerged/{name}"] = step
                 self._announce(key, check)
-        log_metrics(trainer, metrics)
+        self._log(trainer, metrics)
         if self._search.done and self.on_emergence == "stop":
             rank_zero_info("EarlyBirdDetector: every ticket has emerged; training stops.")
             trainer.should_stop = True
@@ -405,6 +439,25 @@ class EarlyBirdDetector(Continuing):
             if miss is not None and sparsity_of(key) not in self._missed:  # once: regions of one sparsity miss it alike
                 self._missed.add(sparsity_of(key))
                 rank_zero_warn(miss)
+        return masks
+
+    def try_draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[SearchKey, TicketMask] | None:
+        """:meth:`draw`; or None, with a warning, where only the gradients that score channels are NaN or infinite.
+
+        One bad batch, or one overflow in half precision, is no reason to end a training whose weights are sound.
+
+        Raises:
+            NonFiniteWeightsError: If a parameter of the denoiser is NaN or infinite; or gradients, five times in a row.
+        """
+        try:
+            masks = self.draw(trainer, pl_module)
+        except NonFiniteGradientsError as error:  # on all ranks alike, as they have added up their gradients
+            self._unsound += 1
+            if self._unsound >= _MOST_UNSOUND:
+                raise
+            rank_zero_warn(f"EarlyBirdDetector: there are no masks of step {trainer.global_step}. {error}")
+            return None
+        self._unsound = 0
         return masks
 
     @property
@@ -493,11 +546,15 @@ class EarlyBirdDetector(Continuing):
         return Allocation(**{**self._served.get("allocation", {}), **self._given()})
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        """What masks depend on besides the weights, in plain types."""
+    def _kind(self) -> dict[str, str]:
+        """What scores are taken from, in plain types."""
         criterion = self.criterion if isinstance(self.criterion, str) else "callable"
-        weights = "raw" if self.weights == "auto" else self.weights
-        return plain_settings({"criterion": criterion, "weights": weights, **asdict(self._allocation)})
+        return {"criterion": criterion, "weights": "raw" if self.weights == "auto" else self.weights}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What masks depend on besides the weights of the denoiser, in plain types."""
+        return plain_settings({**self._kind, **asdict(self._allocation)})
 
     @property
     def _denoiser(self) -> str | None:
@@ -525,7 +582,7 @@ class EarlyBirdDetector(Continuing):
             if not self._search.started:
                 masks = self.draw(trainer, pl_module)
                 self.found.check_masks(pl_module, {describe(key): mask for key, mask in masks.items()})
-                log_metrics(trainer, self._search.start(masks, trainer.global_step))
+                self._log(trainer, self._search.start(masks, trainer.global_step))
         elif self.found.call.name != call.name:
             raise MisconfigurationException(
                 f"denoiser=None: {self.found.call.name!r} was called with samples and one value each before the first "
@@ -549,6 +606,21 @@ class EarlyBirdDetector(Continuing):
         if not self._finished and find_ensemble(pl_module) is not None:
             rank_zero_info("EarlyBirdDetector: the module holds tickets already; there is nothing to search for.")
             self.finish()
+
+    def _own_namespace(self, trainer: pl.Trainer) -> str:
+        """What names of metrics begin with, so that another detector's do not run into them."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [each for each in callbacks if isinstance(each, EarlyBirdDetector)]
+        others.sort(key=lambda each: each._served_partition is None)  # the one that a pruner uses goes first
+        before = [each for each in others[: others.index(self)] if each.windows.keys() & self.windows.keys()]
+        if not before:
+            return "earlybird"
+        name = f"earlybird/{self._kind['criterion']}"
+        taken = [each._own_namespace(trainer) for each in before]
+        return next(f"{name}{end}" for end in ("", *(f"_{n}" for n in range(2, 99))) if f"{name}{end}" not in taken)
+
+    def _log(self, trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> None:
+        log_metrics(trainer, {name.replace("earlybird", self._namespace, 1): value for name, value in metrics.items()})
 
     def _stop_probe(self) -> None:
         if self._probe is not None:

@@ -1,7 +1,7 @@
 """Channel scores: how much each channel of a denoiser matters."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,26 @@ GRADIENT_CRITERIA = ("taylor", "diff_pruning")
 
 class NonFiniteWeightsError(ValueError):
     """Weights that are NaN or infinite, or whose gradients are, cannot be scored."""
+
+
+class NonFiniteGradientsError(NonFiniteWeightsError):
+    """Only gradients are NaN or infinite, and the weights are sound: other batches may give scores."""
+
+
+def check_finite(network: nn.Module, what: str = "the denoiser") -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Args:
+        network: The network; buffers may hold infinities for good reasons, such as masks of attention.
+        what: What it is called in the message.
+
+    Raises:
+        NonFiniteWeightsError: The message names the parameters.
+    """
+    named = dict(network.named_parameters())
+    sound = [torch.isfinite(parameter.detach()).all() for parameter in named.values()]
+    if sound and not bool(torch.stack(sound).all()):  # one wait for the device
+        _refuse([name for name, each in zip(named, sound, strict=True) if not bool(each)], what)
 
 
 def check_criterion(criterion: object) -> None:
@@ -192,9 +212,12 @@ def _check_finite(tensors: Mapping[str, Tensor], total: Tensor) -> None:
     unsummed = [tensor.detach().float().sum().reshape(1) for tensor in tensors.values() if tensor.dim() <= 1]
     if bool(torch.isfinite(total).all()) and (not unsummed or bool(torch.isfinite(torch.cat(unsummed)).all())):
         return
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    _refuse([name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())], "the denoiser")
+
+
+def _refuse(bad: Sequence[str], what: str) -> NoReturn:
     named = ", ".join(repr(name) for name in bad[:3]) or "the sum of squares (weights too large for float32)"
     raise NonFiniteWeightsError(
-        f"parameter {named} of the denoiser holds NaN or infinite values ({len(bad)} such parameters): no mask is "
+        f"parameter {named} of {what} holds NaN or infinite values ({len(bad)} such parameters): no mask is "
         "drawn from them. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
     )

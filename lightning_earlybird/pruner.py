@@ -46,19 +46,15 @@ from lightning_earlybird.reporting import (
     ticket_metrics,
     ticket_table,
 )
-from lightning_earlybird.resume import Continuing
+from lightning_earlybird.resume import Continuing, begins_anew
 from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.search import SearchKey, describe, short_name
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.structure import Norm
 from lightning_earlybird.switch_loss import SwitchLoss
-from lightning_earlybird.tickets import (
-    TicketFacts,
-    check_target,
-    save_ensemble,
-    saved_partition,
-)
+from lightning_earlybird.tickets import TicketFacts, saved_partition
 from lightning_earlybird.transition import averaged_modules, check_supported
+from lightning_earlybird.writing import check_directory, is_rehearsal, write_at_end, write_at_switch
 
 
 class SearchLimitError(RuntimeError):
@@ -72,7 +68,8 @@ class TimestepAwarePruner(Continuing):
     the same fit, it is replaced by an ensemble that routes every sample to the ticket of its timestep's region: the
     module's ``training_step`` and its timesteps stay as they are. Optimizer moments, schedules and averaged weights are
     carried over. The tickets are written to ``directory / "switch"`` at that moment, and the trained ensemble to
-    ``directory / "ensemble"`` at the end of the fit (with the averaged weights, where a callback keeps such).
+    ``directory / "ensemble"`` at the end of the fit (with the averaged weights, where a callback keeps such). With
+    ``fast_dev_run`` nothing is written.
 
     The method is EB-Diff-Train's timestep-aware tickets (arXiv 2504.09606). Differs from the paper: all tickets are
     drawn from the weights at the switch, when the last one has emerged, instead of each from the weights of its own
@@ -115,6 +112,10 @@ class TimestepAwarePruner(Continuing):
         MisconfigurationException: In ``setup`` or during the first batch, if the Trainer, the module or the denoiser
             cannot be pruned.
         SearchLimitError: See ``on_search_limit``.
+        NonFiniteWeightsError: At the switch, if a weight of the denoiser, or of its average, is NaN or infinite; the
+            denoiser is still dense then.
+        OSError: At the end, if the ensemble can be written neither to ``directory``, nor to ``default_root_dir``, nor
+            among temporary files.
 
     Example::
 
@@ -205,7 +206,8 @@ class TimestepAwarePruner(Continuing):
             return
         check_supported(trainer, pl_module)
         write_whole_checkpoints(trainer)
-        if trainer.global_step == 0:  # a new training; what a checkpoint knows is loaded after this
+        gone = self.switched_at is not None and find_ensemble(pl_module) is None  # tickets of an earlier module
+        if begins_anew(trainer, pl_module, self) or gone:
             self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
             self._saved_settings, self._losses = {}, {}
         if self._partition is not None:
@@ -219,8 +221,7 @@ class TimestepAwarePruner(Continuing):
                 )
         directory = Path(self.dirpath) if self.dirpath is not None else _default_directory(trainer)
         self.directory = Path(trainer.strategy.broadcast(str(directory)))
-        for name in ("switch", "ensemble"):
-            check_target(self.directory / name)
+        check_directory(trainer, self.directory)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -388,8 +389,10 @@ class TimestepAwarePruner(Continuing):
     ) -> None:
         assert detector.found is not None and self.directory is not None
         found = detector.found
+        drawn = detector.try_draw(trainer, pl_module)
+        if drawn is None:
+            return  # the next batch tries again
         besides_s = self._besides_seconds(trainer, unwrap(pl_module.get_submodule(found.call.name)), found.call)
-        drawn = detector.draw(trainer, pl_module)
         keys = {region: detector.key(region) for region in partition if region.sparsity > 0}
         masks = [drawn[keys[region]] if region in keys else found.plan.full_mask() for region in partition]
         ensemble = convert(
@@ -409,7 +412,7 @@ class TimestepAwarePruner(Continuing):
         self.facts = ensemble.record.facts
         self.switched_at = trainer.global_step
         self._loss.switch()
-        _write(trainer, ensemble, self.directory / "switch")
+        write_at_switch(trainer, ensemble, self.directory / "switch")
         rank_zero_info(
             f"TimestepAwarePruner: the denoiser has become {len(partition)} tickets at step {self.switched_at}.\n"
             f"{ticket_table(self.facts)}"
@@ -417,8 +420,9 @@ class TimestepAwarePruner(Continuing):
         log_ticket_table(trainer, "earlybird/tickets", self.facts)
         if MATPLOTLIB_AVAILABLE:
             distances = distance_figure(detector.windows, detector.threshold)
-            log_figure(trainer, "earlybird/mask_distance", distances, folder=self.directory)
-            log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=self.directory)
+            folder = None if is_rehearsal(trainer) else self.directory
+            log_figure(trainer, "earlybird/mask_distance", distances, folder=folder)
+            log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=folder)
         log_metrics(trainer, {"earlybird/switch_step": self.switched_at, **ticket_metrics(self.facts)})
         self._split(trainer, pl_module, self._step_seconds(trainer, ensemble, found.call, besides_s))
 
@@ -513,8 +517,7 @@ class TimestepAwarePruner(Continuing):
     def _write_ensemble(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
         assert found is not None and self.directory is not None
-        _write(trainer, found[1], self.directory / "ensemble")
-        rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(self.directory / 'ensemble')!r}.")
+        write_at_end(trainer, found[1], self.directory / "ensemble")
 
     # --- tickets that are there already
 
@@ -584,21 +587,6 @@ class TimestepAwarePruner(Continuing):
         for ticket, losses in state_dict.get("losses_by_ticket", {}).items():
             self._losses[int(ticket)] = SwitchLoss()
             self._losses[int(ticket)].load_state_dict(losses)
-
-
-def _write(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path) -> None:
-    record = ensemble.record
-    assert record is not None
-    if trainer.is_global_zero:
-        save_ensemble(
-            directory,
-            ensemble,
-            denoiser=record.denoiser,
-            edits=record.edits,
-            masks=record.masks,
-            facts=record.facts,
-            sample_shape=record.sample_shape,
-        )
 
 
 def _default_directory(trainer: pl.Trainer) -> Path:

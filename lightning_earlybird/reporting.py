@@ -5,6 +5,7 @@ notebook's backend nor its open figures are touched.
 """
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.imports import RequirementCache
 
 from lightning_earlybird.convergence import MaskWindow
@@ -70,8 +72,29 @@ def logger_step(trainer: Trainer) -> int:
     return max(0, loop._batches_that_stepped - (0 if within_batch else 1))
 
 
+# Loggers that have failed and been told of; by identity, as a logger may define equality and not be hashable.
+_FAILED: "weakref.WeakValueDictionary[int, Logger]" = weakref.WeakValueDictionary()
+
+
+@contextmanager
+def tolerated(logger: Logger) -> Iterator[None]:
+    """Go on where a logger fails, with one warning: a service that is gone is no reason to end days of training."""
+    try:
+        yield
+    except Exception as error:  # loggers talk to any service, and fail in any way
+        if _FAILED.get(id(logger)) is not logger:
+            _FAILED[id(logger)] = logger
+            rank_zero_warn(
+                f"{type(logger).__name__} failed to log what the early-bird callbacks gave it "
+                f"({type(error).__name__}: {error}). Training goes on, and it is not told again; what is missing there "
+                "is in the callbacks and in the checkpoints."
+            )
+
+
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float | None], step: int | None = None) -> None:
     """Gives metrics to every logger of the Trainer.
+
+    A logger that fails is warned about once and does not end the training; so it is with figures and tables.
 
     Args:
         trainer: The Trainer; without loggers nothing happens.
@@ -82,8 +105,9 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float | None], step: int
     if not known:
         return
     for logger in trainer.loggers:
-        logger.log_metrics(known, step=logger_step(trainer) if step is None else step)
-        logger.save()
+        with tolerated(logger):
+            logger.log_metrics(known, step=logger_step(trainer) if step is None else step)
+            logger.save()
 
 
 def log_figure(
@@ -103,19 +127,24 @@ def log_figure(
         name: Key of the image, for example ``"earlybird/mask_distance"``; the last part names the file.
         figure: The figure; it is left open and unchanged.
         step: As in :func:`log_metrics`.
-        folder: Where the PNG file goes; made when missing.
+        folder: Where the PNG file goes; made when missing. A file that cannot be written is warned about.
     """
     if not trainer.is_global_zero:
         return
     if folder is not None:
-        save_figure(figure, Path(folder) / f"{name.rpartition('/')[2]}.png")
+        path = Path(folder) / f"{name.rpartition('/')[2]}.png"
+        try:
+            save_figure(figure, path)
+        except OSError as error:
+            rank_zero_warn(f"The figure {str(path)!r} could not be written ({error}). Training goes on without it.")
     step = logger_step(trainer) if step is None else step
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [_pixels(figure)], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            # Not add_figure: that imports pyplot.
-            logger.experiment.add_image(name, _pixels(figure), step, dataformats="HWC")
+        with tolerated(logger):
+            if isinstance(logger, WandbLogger):
+                logger.log_image(name, [_pixels(figure)], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                # Not add_figure: that imports pyplot.
+                logger.experiment.add_image(name, _pixels(figure), step, dataformats="HWC")
 
 
 def log_ticket_table(trainer: Trainer, name: str, facts: Sequence[TicketFacts], *, step: int | None = None) -> None:
@@ -133,16 +162,17 @@ def log_ticket_table(trainer: Trainer, name: str, facts: Sequence[TicketFacts], 
         return
     step = logger_step(trainer) if step is None else step
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_table(name, columns=list(TICKET_COLUMNS), data=ticket_rows(facts), step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            # Four spaces make a fixed-width block in TensorBoard's Markdown.
-            block = "\n".join(f"    {line}" for line in ticket_table(facts).splitlines())
-            logger.experiment.add_text(name, block, step)
+        with tolerated(logger):
+            if isinstance(logger, WandbLogger):
+                logger.log_table(name, columns=list(TICKET_COLUMNS), data=ticket_rows(facts), step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                # Four spaces make a fixed-width block in TensorBoard's Markdown.
+                block = "\n".join(f"    {line}" for line in ticket_table(facts).splitlines())
+                logger.experiment.add_text(name, block, step)
 
 
 def save_figure(figure: "Figure", path: str | PathLike[str]) -> None:
-    """Writes a figure to a PNG file.
+    """Writes a figure to a PNG file, which appears whole or not at all.
 
     Args:
         figure: The figure.

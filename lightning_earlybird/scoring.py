@@ -17,8 +17,9 @@ from lightning_earlybird.conversion import FoundDenoiser
 from lightning_earlybird.importance import (
     GRADIENT_CRITERIA,
     Criterion,
-    NonFiniteWeightsError,
+    NonFiniteGradientsError,
     channel_scores,
+    check_finite,
     custom_scores,
     slice_slots,
     taylor_scores,
@@ -97,7 +98,7 @@ class GradientScorer:
 
         Raises:
             MisconfigurationException: The training step gives no loss that reaches the denoiser.
-            NonFiniteWeightsError: A weight or a gradient is NaN or infinite.
+            NonFiniteWeightsError: A weight is NaN or infinite; the subclass NonFiniteGradientsError: only gradients.
         """
         if self._newest is not None and self._newest[0] == trainer.global_step:
             return self._newest[1]  # the switch asks for what the check of its step has seen
@@ -164,7 +165,7 @@ class GradientScorer:
         if not bool(signed.isfinite().all()):
             owners = [name for name in names for ids in found.plan.ids[name].values() for _ in ids]
             bad = owners[int((~signed.isfinite().all(0)).nonzero()[0])]
-            raise NonFiniteWeightsError(
+            raise NonFiniteGradientsError(
                 f"criterion={self.criterion!r}: the gradient of {bad!r} holds NaN or infinite values in the scoring "
                 "batches. Lower the learning rate, clip gradients, or use criterion='magnitude'."
             )
@@ -236,9 +237,11 @@ class ChannelScorer:
 
         Raises:
             MisconfigurationException: See :meth:`GradientScorer.score`.
-            NonFiniteWeightsError: A weight or a gradient is NaN or infinite.
+            NonFiniteWeightsError: A weight is NaN or infinite; the subclass NonFiniteGradientsError: only gradients.
             ValueError: A callable does not give one finite score for each channel.
         """
+        if averaged is not None:
+            check_finite(averaged, "the averaged denoiser")
         if self.gradients is not None:
             return self.gradients.score(trainer, module, found, partition or TimestepPartition.whole(0.0), averaged)
         network = averaged if averaged is not None else unwrap(module.get_submodule(found.call.name))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,6 +108,7 @@ def save_ensemble(
 
     Raises:
         FileExistsError: See :func:`check_target`.
+        OSError: The disk refuses; nothing is left behind, and what was saved there before is intact.
         ValueError: If there is not one entry per ticket, or a ticket's state holds something that is not a tensor.
     """
     check_target(directory)
@@ -307,7 +308,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         # safetensors refuses tied tensors; each name gets its values, and loading them ties them again.
         plain[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
         seen.add(value.untyped_storage().data_ptr())
-    save_file(plain, path)
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:  # which a full disk gives, too, and which is no OSError
+        raise OSError(f"{str(path)!r} could not be written: {error}") from error
     return {"file": path.name, "sha256": sha256_of(path), "tensors": _kinds_in(path)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -192,7 +193,16 @@ class TicketPhase:
         ensemble = root.get_submodule(self._name)
         assert isinstance(ensemble, TicketEnsemble)
         for ticket in self.hosted:
-            save_one_ticket(self.directory / "finished" / folder_of([ticket]), ensemble, ticket)
+            place = self.directory / "finished" / folder_of([ticket])
+            try:
+                save_one_ticket(place, ensemble, ticket)
+            except OSError as error:
+                # On the rank that it happens to, whichever that is.
+                warnings.warn(
+                    f"MultiTicketStrategy: the trained ticket {ticket} could not be written to {str(place)!r} ({error})"
+                    ". It is in this process, and will be gathered from there when the other tickets are trained.",
+                    stacklevel=2,
+                )
 
     def gather(self) -> None:
         """Put the world together again and fill in all tickets on all ranks; every rank must have finished."""

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torchmetrics import Metric
 
 from lightning_earlybird.parallel.separate import folder_of
+from lightning_earlybird.reporting import tolerated
 
 _OF_TICKET = re.compile(r"tickets?(_\d+)+/")
 
@@ -83,10 +84,12 @@ class MetricRelay:
         for _, message in messages:
             any_arrived = True
             logger = self._loggers[message["logger"]]
-            type(logger).log_metrics(logger, message["metrics"], message["step"])
+            with tolerated(logger):
+                type(logger).log_metrics(logger, message["metrics"], message["step"])
         if any_arrived:
             for logger in self._loggers:
-                logger.save()
+                with tolerated(logger):
+                    logger.save()
 
     def _log(self, log: Callable[..., None], metrics: Mapping[str, Any], step: int | None = None) -> None:
         log(named_by_ticket(metrics, self._hosted), step)

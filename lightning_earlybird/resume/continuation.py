@@ -83,9 +83,10 @@ class Continuing(pl.Callback):
             )
             state = None
         self._continuation = state
-        loops = checkpoint["loops"]["fit_loop"]
-        self._ending.look_at(loops)
-        self._loader_states = loops["state_dict"].pop("combined_loader", [])
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if loops is not None:
+            self._ending.look_at(loops)
+            self._loader_states = loops["state_dict"].pop("combined_loader", [])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -12,6 +12,9 @@ from lightning_earlybird.compilation import unwrap
 
 # What nn.Module registers in `__dict__`; everything else there is a plain attribute.
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+Edit: TypeAlias = tuple[Any, Any, Any]
+"""A container, a key in it, and the value that was there."""
 
 
 def is_alias(value: Any, dense: nn.Module) -> bool:
@@ -30,11 +33,11 @@ def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((key, value) for key, value in list(vars(module).items()) if key not in _REGISTRIES)
 
 
-def put(root: nn.Module, dense: nn.Module, replacement: nn.Module) -> None:
+def put(root: nn.Module, dense: nn.Module, replacement: nn.Module, edits: list[Edit]) -> None:
     """Put the replacement wherever ``root`` holds the denoiser, in place.
 
     That is: registered sub-modules (``ModuleList`` and ``ModuleDict`` entries among them), plain attributes, and
-    lists, tuples and dictionaries in plain attributes.
+    lists, tuples and dictionaries in plain attributes. Every edit is added to ``edits``.
     """
     seen: set[int] = set()
 
@@ -49,6 +52,7 @@ def put(root: nn.Module, dense: nn.Module, replacement: nn.Module) -> None:
             seen.add(id(value))
             for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
                 if (new := exchanged(item)) is not item:
+                    edits.append((value, key, item))
                     value[key] = new
         return value
 
@@ -56,6 +60,7 @@ def put(root: nn.Module, dense: nn.Module, replacement: nn.Module) -> None:
         exchanged(owner._modules)
         for key, value in plain_attributes(owner):
             if (new := exchanged(value)) is not value:
+                edits.append((owner.__dict__, key, value))
                 owner.__dict__[key] = new
 
 

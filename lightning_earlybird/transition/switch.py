@@ -20,7 +20,8 @@ from lightning_earlybird.transition.compiled import compile_like, denoiser_conte
 from lightning_earlybird.transition.lineage import Inherit, Lineage, Source, hand_down, match
 from lightning_earlybird.transition.optimizers import succeed
 from lightning_earlybird.transition.rehearsal import adopt_configured_order, bare
-from lightning_earlybird.transition.slots import averaged_twins, put
+from lightning_earlybird.transition.rollback import undone_on_error
+from lightning_earlybird.transition.slots import Edit, averaged_twins, put
 
 Build = Callable[[nn.Module], nn.Module]
 
@@ -40,7 +41,7 @@ def replace_denoiser(
     To be called on every rank at the same step, where no forward or backward pass is under way and weights are not
     swapped: ``on_train_start``, ``on_train_epoch_start``, ``on_train_batch_start`` and ``..._end``,
     ``on_train_epoch_end``; and while a checkpoint is loaded, before the strategy is set up. An accumulation window may
-    be unfinished.
+    be unfinished. Where it raises, the dense denoiser is back in its place, with its gradients and optimizer state.
 
     Args:
         trainer: The Trainer of the fit.
@@ -66,9 +67,12 @@ def replace_denoiser(
         )
     strategy = trainer.strategy
     optimizers = [bare(optimizer) for optimizer in strategy.optimizers]
-    with isolate_rng(include_cuda=strategy.root_device.type == "cuda"):
+    with (
+        isolate_rng(include_cuda=strategy.root_device.type == "cuda"),
+        undone_on_error(module, optimizers) as edits,
+    ):
         wrapped = unwrap_ddp(strategy)
-        lineages = _exchange(module, name, build, source, strategy.precision_plugin.convert_module)
+        lineages = _exchange(module, name, build, source, edits, strategy.precision_plugin.convert_module)
         changed = False
         for lineage in lineages:
             hand_down(lineage, inherit)
@@ -77,7 +81,7 @@ def replace_denoiser(
         if changed:
             adopt_configured_order(module, optimizers)
         for average in averaged_modules(trainer):
-            _exchange(average, name, build, source)
+            _exchange(average, name, build, source, edits)
             _require_same_structure(average, module)
         _prepare_ddp(strategy, wrapped)
     return lineages[0].replacement
@@ -86,7 +90,7 @@ def replace_denoiser(
 def replace_outside_trainer(module: pl.LightningModule, name: str, build: Build, source: Source) -> nn.Module:
     """As :func:`replace_denoiser`, for a module of which no Trainer knows: there is nothing else to follow."""
     with isolate_rng(include_cuda=False):
-        return _exchange(module, name, build, source, lambda replacement: replacement)[0].replacement
+        return _exchange(module, name, build, source, [], lambda replacement: replacement)[0].replacement
 
 
 def _exchange(
@@ -94,6 +98,7 @@ def _exchange(
     name: str,
     build: Build,
     source: Source,
+    edits: list[Edit],
     convert: Callable[[nn.Module], nn.Module] | None = None,
 ) -> list[Lineage]:
     """Replace the denoiser of ``root``, and then the copies of it that ``root`` averages itself.
@@ -110,7 +115,7 @@ def _exchange(
             replacement = convert(replacement)
         lineage = Lineage.trace(twin, replacement, source)
         match(lineage, source)
-        put(root, twin, replacement)
+        put(root, twin, replacement, edits)
         lineages.append(lineage)
     compile_like(lineages[0].replacement, context)
     return lineages

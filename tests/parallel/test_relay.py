@@ -82,6 +82,19 @@ def test_nothing_is_saved_where_nothing_has_arrived(tmp_path):
     assert logger.saves == 0
 
 
+def test_a_logger_that_fails_on_what_others_have_sent_is_warned_about_once(tmp_path):
+    class Broken(Logger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            raise ConnectionError("the service is gone")
+
+    loggers = [Broken(tmp_path), Logger(tmp_path)]
+    message = {"metrics": {"ticket_1/loss": 2.0}, "step": 7}
+    relay = MetricRelay(loggers, [0], 0, None)
+    with pytest.warns(UserWarning, match=r"Broken failed to log .* \(ConnectionError: the service is gone\)") as warned:
+        relay.deliver([(1, {"logger": number, **message}) for number in (0, 1, 0)])
+    assert len(warned) == 1 and loggers[1].rows == [({"ticket_1/loss": 2.0}, 7)]
+
+
 class InTurns(Lit):
     """Logs as in the turns of the tickets 1 and 2."""
 
