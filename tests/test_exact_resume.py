@@ -45,6 +45,11 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "plateau": ("batch-6 validation-6 epoch-6 epoch-18", {"schedule": "plateau"}),
     "own generator of the data, no validation": ("batch-5 batch-6 epoch-12", {"generator": 3, "validation": False}),
+    "steps instead of epochs": ("batch-3 batch-6 validation-6 epoch-6 epoch-12", {"max_epochs": -1, "max_steps": 22}),
+    "plain loader, steps, no validation": (
+        "batch-6 epoch-6 epoch-12",
+        {"max_steps": 22, "stateful": False, "validation": False},
+    ),
     "plain loader at the end of an epoch": ("epoch-6 validation-12 batch-18", {"stateful": False}),
 }
 
@@ -53,6 +58,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_resumed_fit_ends_like_a_whole_one(configuration: str, tmp_path: Path) -> None:
     names, settings = CONFIGURATIONS[configuration]
     moments = names.split()
+    settings = {"schedule": "cosine" if "max_steps" in settings else "onecycle"} | settings
     _, whole = train(tmp_path / "whole", moments, **settings)
     rows = logged(tmp_path / "whole")
     for moment in moments:

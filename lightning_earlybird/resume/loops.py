@@ -3,7 +3,7 @@
 After a checkpoint of ``on_train_batch_end`` Lightning (2.6) goes on with the next batch, or even the next epoch: the
 validation that was due, the hooks of the epoch's end and everything that acts in them are left out, and from then on
 its count of epochs is wrong. After one of ``on_train_epoch_end`` it leaves out what follows these hooks: the schedules
-that go by metrics, and the logging of the epoch's means.
+that go by metrics, and the logging of the epoch's means; and where ``max_steps`` is given, the epoch does not end.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class UnfinishedEnd:
             Whether the end of the epoch comes next, without another batch.
         """
         loop = trainer.fit_loop.epoch_loop
+        if self.of_epoch and trainer.fit_loop.restarted_on_epoch_end:
+            # With `max_steps` Lightning goes on in the epoch that has ended, instead of beginning the next one.
+            trainer.fit_loop.epoch_progress.increment_completed()
+            trainer.fit_loop.reset_restart_stage()
+            trainer.fit_loop._restarting = loop.restarting = False
         at_end = trainer.fit_loop.restarted_mid_epoch and loop._num_ready_batches_reached()
         if not self._of_batch:
             return at_end
