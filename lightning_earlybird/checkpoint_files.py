@@ -39,7 +39,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, mapped: bool = True, map_lo
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # damaged files make the unpickler stumble over whatever comes next
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return Field(document, str(path)).mapping()
 
 
@@ -71,7 +71,7 @@ def check_intact(path: str | os.PathLike[str]) -> None:
     except EnsembleFormatError:
         raise
     except Exception as error:  # damaged headers make the library seek and decode wherever they point
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if damaged is not None:
         root.fail(f"is damaged: {damaged!r} in it does not match its checksum. Use another checkpoint.")
 
@@ -93,7 +93,8 @@ def check_form(checkpoint: Any, file: str) -> None:
         document["hyper_parameters"].fail("is not a mapping from names of arguments to their values.")
 
 
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> EnsembleFormatError:
+def unreadable(path: str | os.PathLike[str], error: Exception) -> EnsembleFormatError:
+    """The error of a file that torch stumbles over."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return EnsembleFormatError(
         f"{path}: cannot be read as a checkpoint ({presentable(reason)}). It is damaged, or holds objects besides "
