@@ -1,6 +1,6 @@
 """The demo is killed again and again, resumed each time, and must come to the result of the demo left alone.
 
-    python benchmarks/kills.py [--kills 30] [--seed 0] [--folder DIR] [KEY=VALUE ...]
+    python benchmarks/kills.py [--kills 30] [--seed 0] [--signal KILL] [--folder DIR] [KEY=VALUE ...]
 
 First `examples/digits.py` runs undisturbed. Then it runs with `resume=true` in another folder, and SIGKILL ends it and
 all its processes `--kills` times: while it starts, at random moments of the training, while a checkpoint, the tickets
@@ -10,8 +10,8 @@ In the end the last checkpoint (weights, averaged weights, optimizer, schedule, 
 random states), both directories of tickets, all figures and samples and the metrics must be the same, bit for bit.
 Times on the clock are not compared, nor is the place of the files.
 
-KEY=VALUE overrides the demo's configuration in both runs. An undisturbed run in `--folder` is used again if its
-configuration was the same.
+`--signal TERM` and `--signal INT` end it as schedulers and Ctrl-C do. KEY=VALUE overrides the demo's configuration in
+both runs. An undisturbed run in `--folder` is used again if its configuration was the same.
 
 `benchmarks/killed_fits.py` kills small fits before each of their acts upon files, one after the other.
 """
@@ -43,11 +43,12 @@ from killing import differences, files  # noqa: E402 -- shared with the tests
 
 from lightning_earlybird import TicketEnsembleSampler  # noqa: E402 -- as above
 
-# W&B's own files hold times, and its process is no part of what is killed here.
+# Without W&B, whose start would take most of the time of a kill; its files hold times, and are not compared.
 DEFAULTS = ["wandb.mode=disabled", "checkpoint.every_n_epochs=1"]
 CLOCK = frozenset({"seconds", "search_s", "wandb_id"})
 BEGINS = re.compile(r"Restored all states|the denoiser is '")
 ASIDE = {"checkpoint": r"checkpoints/\..*", "tickets": r"\.switch\..*", "ensemble": r"\.ensemble\..*"}
+OWNER = re.compile(r"\.[0-9a-f]{8}-(\d+)-[0-9a-f]{12}(?=\.(?:partial|former)$)")
 PATIENCE_S = 900.0
 
 
@@ -112,9 +113,15 @@ class Demo:
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def aside(self) -> list[str]:
-        """What is being written at this moment."""
-        return [path for folder in ("", "checkpoints/") for path in _hidden(self.folder, folder)]
+    def aside(self, pid: int | None = None) -> list[str]:
+        """What lies aside at this moment; of one process only, which writes it, or of all that were killed as well."""
+        names = [path for folder in ("", "checkpoints/") for path in _hidden(self.folder, folder)]
+        owners = [OWNER.search(name) for name in names]
+        return [
+            OWNER.sub("", name)
+            for name, owner in zip(names, owners, strict=True)
+            if pid is None or (owner is not None and int(owner[1]) == pid)
+        ]
 
     @property
     def last(self) -> Path:
@@ -153,7 +160,7 @@ class Demo:
             "files": {
                 name: content
                 for name, content in files(self.folder).items()
-                if not name.startswith(("checkpoints/", "metrics.csv"))
+                if not name.startswith(("checkpoints/", "metrics.csv", "wandb/"))
             },
         }
 
@@ -172,15 +179,27 @@ class Killer:
         demo: Its victim.
         kills: How often.
         seed: Of the moments.
+        by: The signal.
         switch: Optimizer step of the switch in the undisturbed run.
         steps: All optimizer steps of it.
         epoch: Optimizer steps of an epoch.
         seconds: What the training took in it.
     """
 
-    def __init__(self, demo: Demo, kills: int, seed: int, switch: int, steps: int, epoch: int, seconds: float) -> None:
-        self.demo, self.kills, self.switch, self.steps, self.epoch = demo, kills, switch, steps, epoch
-        self.seconds = seconds
+    def __init__(
+        self,
+        demo: Demo,
+        kills: int,
+        seed: int,
+        by: signal.Signals,
+        *,
+        switch: int,
+        steps: int,
+        epoch: int,
+        seconds: float,
+    ) -> None:
+        self.demo, self.kills, self.by = demo, kills, by
+        self.switch, self.steps, self.epoch, self.seconds = switch, steps, epoch, seconds
         self.random = random.Random(seed)
         self.done: list[Kill] = []
 
@@ -192,7 +211,7 @@ class Killer:
         at_switch = sum(kill.wanted == "tickets" for kill in self.done)
         # Kills are spread over the training: those behind the switch must not be eaten up before it.
         before = self.kills * self.switch / self.steps
-        if step < self.switch and at_switch < 5 and (len(self.done) >= before or step >= self.switch - 3 * self.epoch):
+        if step <= self.switch and at_switch < 5 and (len(self.done) >= before or step >= self.switch - 3 * self.epoch):
             return "tickets"
         return self.random.choices(["starting", "training", "checkpoint"], [0.15, 0.4, 0.45])[0]
 
@@ -222,7 +241,7 @@ class Killer:
                 if "sampling: ticket" in demo.said():
                     return True
             else:
-                writing = any(re.fullmatch(ASIDE[wanted], name) for name in demo.aside())
+                writing = any(re.fullmatch(ASIDE[wanted], name) for name in demo.aside(process.pid))
                 writes -= writing and not seen and wanted == "checkpoint"
                 seen = writing
                 if writing and (wanted != "checkpoint" or writes <= 0):
@@ -242,13 +261,15 @@ class Killer:
                 if process.returncode:
                     sys.exit(f"the demo ended with status {process.returncode}:\n{self.demo.said()[-3000:]}")
                 return False
+            os.killpg(process.pid, self.by)
+            process.wait(PATIENCE_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         restored = re.findall(r"Restored all states from the checkpoint at (\S+)", self.demo.said())
         assert all(Path(path) == self.demo.last for path in restored), restored
-        aside = tuple(re.sub(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{12}", "", name) for name in self.demo.aside())
+        aside = tuple(self.demo.aside(process.pid))
         after_s = time.monotonic() - began
         self.demo.check()
         step = self.demo.step()
@@ -268,6 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", type=lambda name: signal.Signals[f"SIG{name}"], default=signal.SIGKILL)
     parser.add_argument("--folder", type=Path, help="where both runs are left; a temporary one is removed")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -292,7 +314,8 @@ def main() -> int:
             "| kill | moment | s after start | resumed from step | left step | being written |\n|--|--|--|--|--|--|",
             flush=True,
         )
-        killer = Killer(killed, options.kills, options.seed, switch, steps, steps // epochs, trained_s)
+        moments = {"switch": switch, "steps": steps, "epoch": steps // epochs, "seconds": trained_s}
+        killer = Killer(killed, options.kills, options.seed, options.signal, **moments)
         began = time.monotonic()
         while len(killer.done) < options.kills and killer.kill():
             pass

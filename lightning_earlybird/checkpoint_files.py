@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from packaging.version import Version
 
-from lightning_earlybird.files import EnsembleFormatError, Field
+from lightning_earlybird.files import EnsembleFormatError, Field, presentable
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a Lightning checkpoint onto the CPU, without unpickling objects.
-
-    Of a local file the tensors are mapped, so that only those that are used are read.
+def read_checkpoint(path: str | os.PathLike[str], *, mapped: bool = True, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a Lightning checkpoint, without unpickling objects.
 
     Args:
         path: The file, or a URL that fsspec knows.
+        map_location: As for ``torch.load``.
+        mapped: Whether to map the tensors of a local file, so that only those that are used are read. torch compares
+            their sizes with those of their records only where they are not mapped.
 
     Raises:
         EnsembleFormatError: If it is no checkpoint, or damaged.
@@ -30,13 +32,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     remote = "://" in str(path)
     try:
         if remote:
-            document = _load(str(path), map_location="cpu", weights_only=True)
+            document = _load(str(path), map_location=map_location, weights_only=True)
         else:
-            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            mapped = mapped and zipfile.is_zipfile(path)
+            document = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # damaged files make the unpickler stumble over whatever comes next
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return Field(document, str(path)).mapping()
 
 
@@ -47,9 +50,15 @@ def check_intact(path: str | os.PathLike[str]) -> None:
         EnsembleFormatError: If the file was changed, truncated, or claims to unpack to more than it is.
         OSError: If the file cannot be opened.
     """
-    if "://" in str(path) or not zipfile.is_zipfile(path):
+    if "://" in str(path):
         return
     root = Field(None, str(path))
+    mode = os.stat(path).st_mode
+    # Waiting for a queue, or reading a device, would not end. Directories are for torch to refuse.
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        root.fail("is no regular file, and cannot be a checkpoint.")
+    if not zipfile.is_zipfile(path):
+        return
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
@@ -59,10 +68,10 @@ def check_intact(path: str | os.PathLike[str]) -> None:
             ):
                 root.fail("claims to unpack to more than it holds; it was not written by torch.")
             damaged = file.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
-        if isinstance(error, EnsembleFormatError):
-            raise
-        raise _unreadable(path, error) from error
+    except EnsembleFormatError:
+        raise
+    except Exception as error:  # damaged headers make the library seek and decode wherever they point
+        raise unreadable(path, error) from error
     if damaged is not None:
         root.fail(f"is damaged: {damaged!r} in it does not match its checksum. Use another checkpoint.")
 
@@ -74,7 +83,8 @@ def check_form(checkpoint: Any, file: str) -> None:
         EnsembleFormatError: The message names the field.
     """
     document = Field(checkpoint, file)
-    document["pytorch-lightning_version"].parsed(lambda value: Version(str(value)))
+    version = document["pytorch-lightning_version"]
+    version.parsed(lambda _: Version(version.text()))
     for key in document["state_dict"].mapping():
         if not isinstance(key, str):
             document["state_dict"].fail(f"has the key {key!r}, expected names of tensors only.")
@@ -83,9 +93,10 @@ def check_form(checkpoint: Any, file: str) -> None:
         document["hyper_parameters"].fail("is not a mapping from names of arguments to their values.")
 
 
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> EnsembleFormatError:
+def unreadable(path: str | os.PathLike[str], error: Exception) -> EnsembleFormatError:
+    """The error of a file that torch stumbles over."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return EnsembleFormatError(
-        f"{path}: cannot be read as a checkpoint ({reason}). It is damaged, or holds objects besides tensors and plain "
-        "containers, which are not unpickled."
+        f"{path}: cannot be read as a checkpoint ({presentable(reason)}). It is damaged, or holds objects besides "
+        "tensors and plain containers, which are not unpickled."
     )

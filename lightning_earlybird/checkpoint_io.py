@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_earlybird.checkpoint_files import check_intact, unreadable
 from lightning_earlybird.durable import file_written_aside
+from lightning_earlybird.files import EnsembleFormatError
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -50,6 +53,31 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             raise OSError(
                 cause.errno, f"{cause.strerror}; the checkpoint is not written, an older one there is whole", str(local)
             ) from error
+
+    @override
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        map_location: Callable[..., Any] | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """As Lightning does, once a local file has been compared with its checksums, which torch does not.
+
+        Raises:
+            EnsembleFormatError: If the file is damaged, or holds objects that ``weights_only`` does not let through.
+            OSError: If it cannot be opened.
+        """
+        local = Path(os.path.expanduser(path))
+        if weights_only is False or "://" in str(path) or "::" in str(path) or not local.exists():
+            return super().load_checkpoint(path, map_location, weights_only)
+        check_intact(local)
+        try:
+            return super().load_checkpoint(local, map_location, weights_only)
+        except OSError:
+            raise
+        except Exception as error:  # damaged files make the unpickler stumble over whatever comes next
+            trusted = "If you trust it, pass weights_only=False."
+            raise EnsembleFormatError(f"{unreadable(local, error)} {trusted}") from error
 
 
 def write_whole_checkpoints(trainer: pl.Trainer) -> None:

@@ -181,10 +181,10 @@ def check_number(name: str, value: Any) -> None:
     Raises:
         ValueError: The message names the argument.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ValueError(f"{name}={value!r} must be a plain int or float and not NaN; an open end is -inf or inf.")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{name} is an integer of {value.bit_length()} bits, and must fit into 64; use -inf or inf.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{name}={value!r} must be a plain int or float and not NaN; an open end is -inf or inf.")
 
 
 def check_interval(start: float, stop: float) -> None:

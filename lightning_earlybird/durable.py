@@ -30,8 +30,9 @@ _ASIDE = re.compile(
     r"\.(?P<name>.+)\.(?P<owner>(?P<place>[0-9a-f]{8})-(?P<pid>[0-9]+)-[0-9a-f]{12})\.(?P<kind>partial|former)"
 )
 
-# Whether a process of another machine, or of another container, still writes cannot be asked. None pauses for a day.
-_ABANDONED_S = 24 * 3600.0
+# Whether a process of another machine, or of another container, still writes cannot be asked. None pauses for a day in
+# writing, nor for a minute between two renames.
+_ABANDONED_S = {"partial": 24 * 3600.0, "former": 60.0}
 
 # What this process is writing, in any of its threads.
 _writing: set[str] = set()
@@ -119,7 +120,7 @@ def settle(directory: Path, patience_s: float = 1.0) -> None:
     if os.path.lexists(target):
         return
     formers = [aside for aside in _asides(target.parent) if aside.kind == "former" and aside.name == target.name]
-    for former in sorted(formers, key=lambda aside: aside.modified_s, reverse=True):
+    for former in sorted(formers, key=lambda aside: aside.touched_s, reverse=True):
         deadline = time.monotonic() + patience_s
         while not former.abandoned and not os.path.lexists(target) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -169,11 +170,13 @@ class _Aside:
     kind: str
 
     @property
-    def modified_s(self) -> float:
+    def touched_s(self) -> float:
+        """When it was last written to or, where it is a former directory, given that name."""
         try:
-            return self.path.lstat().st_mtime
+            status = self.path.lstat()
         except OSError:  # removed meanwhile
             return 0.0
+        return status.st_ctime if self.kind == "former" else status.st_mtime
 
     @property
     def abandoned(self) -> bool:
@@ -183,7 +186,7 @@ class _Aside:
             alive = self.owner in _writing if self.pid == os.getpid() else _exists(self.pid)
             if not alive:
                 return True
-        return time.time() - self.modified_s > _ABANDONED_S
+        return time.time() - self.touched_s > _ABANDONED_S[self.kind]
 
 
 def _asides(directory: Path) -> list[_Aside]:

@@ -22,6 +22,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _LARGEST_DOCUMENT_BYTES = 1 << 26
 _DEEPEST_NESTING = 64
 _LARGEST_INTEGER = 2**63 - 1
+_MOST_VALUES = 500_000
 
 _LINK_REMEDY = (
     "links are not followed, as they may lead out of the directory: copy it with `cp -rL`, or download it with "
@@ -50,7 +51,7 @@ class Field:
     def fail(self, problem: str) -> NoReturn:
         """Raises the error that names this field's file and path."""
         place = f"field '{self.path}'" if self.path else "the document"
-        raise EnsembleFormatError(f"{self.file}: {_presentable(f'{place} {problem}')}")
+        raise EnsembleFormatError(f"{self.file}: {presentable(f'{place} {problem}')}")
 
     def __getitem__(self, key: str) -> Field:
         """The member of an object; it must exist."""
@@ -158,6 +159,34 @@ def read_json(path: Path) -> Field:
     return Field(value, str(path))
 
 
+def plain_copy(value: Any) -> Any:
+    """A copy in dicts, lists, strings and numbers, as JSON would carry it; tuples become lists.
+
+    A pickle can hold one list many times over, so that a few bytes would be gigabytes written out.
+
+    Raises:
+        ValueError: If there is something else in it, or more than any real document has, or it is nested too deep.
+    """
+    left = _MOST_VALUES
+
+    def copied(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEPEST_NESTING:
+            raise ValueError(f"it has more than {_MOST_VALUES:,} values, or more than {_DEEPEST_NESTING} levels")
+        if isinstance(value, dict):
+            if odd := [key for key in value if type(key) is not str]:
+                raise ValueError(f"it has the key {_shortened(odd[0])}, expected strings only")
+            return {key: copied(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [copied(inner, depth + 1) for inner in value]
+        if value is None or type(value) in (str, bool, int) or (type(value) is float and math.isfinite(value)):
+            return value
+        raise ValueError(f"it has a {type(value).__name__} in it, {_shortened(value)}")
+
+    return copied(value, 1)
+
+
 def is_plain_file(path: Path) -> bool:
     """Whether there is a regular file; a link to one is none, nor is a name that the file system cannot hold."""
     try:
@@ -214,7 +243,7 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
-def _presentable(text: str) -> str:
+def presentable(text: str) -> str:
     """Text out of a file as it may stand in a message: of bounded length, and nothing that steers a terminal."""
     if len(text) > 2000:
         text = f"{text[:1500]} ... {text[-500:]}"

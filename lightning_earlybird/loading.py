@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_earlybird.checkpoint_files import check_form, check_intact, read_checkpoint
@@ -80,7 +81,8 @@ def load_from_checkpoint(
     except Exception:
         # Whatever a damaged file makes Lightning stumble over is told by its name; other errors are the module's.
         if local and weights_only:
-            check_form(read_checkpoint(path), str(path))
+            location = map_location or _default_map_location  # what Lightning takes, to stumble where it did
+            check_form(read_checkpoint(path, mapped=False, map_location=location), str(path))
         raise
 
 

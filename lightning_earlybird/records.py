@@ -118,7 +118,7 @@ class EnsembleRecord:
         Raises:
             EnsembleFormatError: If a field is missing or has the wrong type; the message names it.
         """
-        root = Field(dict(data), "the ensemble's record")
+        root = Field(data, "the ensemble's record")
         record = cls(
             denoiser=root["denoiser"].optional(read_denoiser),
             edits=tuple(read_edits(field) for field in root["edits"].elements()),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_earlybird.absent import AbsentTicket, clone_structure
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
-from lightning_earlybird.files import Field
+from lightning_earlybird.files import Field, plain_copy, presentable
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.records import EnsembleRecord
 from lightning_earlybird.regions import TimestepPartition
@@ -146,7 +146,7 @@ class SavedStructure:
         try:
             ensemble = self.build(clone_structure(dense, torch.device("meta")))
         except Exception as error:  # anything may come of shapes and attributes that nobody vouches for
-            raise ValueError(str(error)) from error
+            raise ValueError(presentable(str(error))) from error
         for ticket, dtypes in zip(ensemble.tickets, self.dtypes, strict=True):
             if not isinstance(ticket, AbsentTicket):
                 check_dtypes(ticket, dtypes)
@@ -211,9 +211,8 @@ def _upgraded(stored: Field) -> dict[str, Any]:
         )
     described = {key: value for key, value in stored.mapping().items() if key != "masks"}
     try:
-        # Nothing but plain containers, strings and numbers comes out of this, whatever else has been pickled.
-        plain: dict[str, Any] = json.loads(json.dumps(described, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+        plain: dict[str, Any] = plain_copy(described)
+    except ValueError as error:
         stored.fail(f"holds what no checkpoint of tickets does: {error}")
     for number in range(version, CHECKPOINT_VERSION):
         _UPGRADES[number](plain)

@@ -17,18 +17,17 @@ ACTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def _forked(action: Callable[[], object], prepare: Callable[[], None]) -> int:
-    """Runs ``action`` in a copy of this process; its exit status, or the negated signal that killed it."""
+def started(action: Callable[[], object]) -> int:
+    """Runs ``action`` in a copy of this process, and does not wait for it; its number."""
     with warnings.catch_warnings():
         # There are idle threads in any process that has used PyTorch; the copy needs none of them.
         warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
         pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return pid
     status = 1
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        prepare()
         action()
         status = 0
     except BaseException:
@@ -36,6 +35,12 @@ def _forked(action: Callable[[], object], prepare: Callable[[], None]) -> int:
     finally:
         # What the process of the tests has at exit is not for its copy to run.
         os._exit(status)
+
+
+def _forked(action: Callable[[], object], prepare: Callable[[], None]) -> int:
+    """Runs ``action`` in a copy of this process; its exit status, or the negated signal that killed it."""
+    pid = started(lambda: (prepare(), action()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_before(act: int, action: Callable[[], object]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save, save_file
+from torch import nn
 
 from lightning_earlybird.descriptions import describe_denoiser
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
@@ -61,10 +62,14 @@ def small_network(channels: int = 8) -> UNet2DModel:
 
 
 def small_ensemble(seed: int = 0, channels: int = 8) -> TicketEnsemble:
-    """Two tickets of a small network, one of them with ragged norms and fewer attention heads, with their record."""
+    """Two tickets of a small network of diffusers, one of them with fewer attention heads."""
     torch.manual_seed(seed)
-    dense = small_network(channels)
-    plan = verify_plan(dense, trace_plan(dense, CALL), CALL).plan
+    return ragged_ensemble(small_network(channels), CALL)
+
+
+def ragged_ensemble(dense: nn.Module, call: tuple[Any, ...]) -> TicketEnsemble:
+    """Two tickets of a network, one of them with ragged norms, and their record."""
+    plan = verify_plan(dense, trace_plan(dense, call), call).plan
     partition = TimestepPartition.of([(0, 400, 0.25), (400, 1000, 0.5, 700)], overlap=20)
     masks = []
     for gone in (0, 1):

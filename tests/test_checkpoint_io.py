@@ -17,6 +17,7 @@ from modules import Lit, fit, loader, quiet_trainer
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.checkpoint_io import WholeFileCheckpointIO
+from lightning_earlybird.files import EnsembleFormatError
 
 CHECKPOINT = {"state_dict": {"weight": torch.arange(3000.0)}, "epoch": 3}
 
@@ -48,6 +49,36 @@ def test_a_checkpoint_is_byte_for_byte_what_lightning_writes(tmp_path: Path) -> 
     WholeFileCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "new" / "ours.ckpt")
     TorchCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "theirs.ckpt")
     assert (tmp_path / "new" / "ours.ckpt").read_bytes() == (tmp_path / "theirs.ckpt").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_fit_refuses_a_checkpoint_of_which_one_bit_has_changed(tmp_path: Path) -> None:
+    fitted(tmp_path, "pruner")
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    stored = bytearray(path.read_bytes())
+    weight = max(torch.load(path, weights_only=True)["state_dict"].values(), key=torch.numel)
+    stored[stored.index(weight.numpy().tobytes()) + 20] ^= 1
+    path.write_bytes(stored)
+    torch.load(path, weights_only=True)  # torch does not notice
+    trainer = quiet_trainer(callback("pruner", tmp_path), max_epochs=3)
+    with pytest.raises(EnsembleFormatError, match=r"last\.ckpt: .*is damaged: .* does not match its checksum"):
+        trainer.fit(module := Lit(), loader(module), loader(module), ckpt_path=path)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_fit_does_not_unpickle_objects_unless_it_is_told_to(tmp_path: Path) -> None:
+    fitted(tmp_path, "pruner")
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"own": Path("somewhere")}, path)
+    module = Lit()
+    with pytest.raises(EnsembleFormatError, match=r"last\.ckpt: cannot be read .* pass weights_only=False"):
+        quiet_trainer(callback("pruner", tmp_path), max_epochs=3).fit(
+            module, loader(module), loader(module), ckpt_path=path
+        )
+    trainer = quiet_trainer(callback("pruner", tmp_path), max_epochs=3)
+    trainer.fit(module, loader(module, 2), loader(module), ckpt_path=path, weights_only=False)
+    assert trainer.global_step == 6
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are killed by signals")

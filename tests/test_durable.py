@@ -1,15 +1,14 @@
 import errno
 import os
+import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from killing import killed_before, killed_in_writing
+from killing import killed_before, killed_in_writing, started
 from torch import nn
 
 from lightning_earlybird import durable
@@ -179,27 +178,28 @@ def test_a_new_file_may_be_read_by_whom_others_may(tmp_path: Path) -> None:
 
 
 def test_what_another_thread_or_a_living_process_writes_stays(tmp_path: Path) -> None:
-    source = (
-        "import sys, pathlib; from lightning_earlybird.durable import written_aside\n"
-        "with written_aside(pathlib.Path(sys.argv[1])) as aside:\n"
-        "    print(aside, flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", source, str(tmp_path / "theirs")]
-    environment = os.environ | {"PYTHONPATH": str(Path(durable.__file__).parents[1])}
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        theirs = Path(other.stdout.readline().strip())
-        with file_written_aside(tmp_path / "mine") as file:
-            thread = threading.Thread(target=sweep, args=(tmp_path,))
-            thread.start()
-            thread.join()
-            assert len(left(tmp_path)) == 2
-            file.write(b"mine")
-        assert theirs.exists()
-        other.kill()
-        other.wait()
+    reading, writing = os.pipe()
+
+    def others() -> None:
+        with written_aside(tmp_path / "theirs"):
+            os.write(writing, b"begun")
+            time.sleep(60)
+
+    other = started(others)
+    assert os.read(reading, 5) == b"begun"
+    with file_written_aside(tmp_path / "mine") as file:
+        thread = threading.Thread(target=sweep, args=(tmp_path,))
+        thread.start()
+        thread.join()
+        assert len(left(tmp_path)) == 2
+        file.write(b"mine")
+    assert len(left(tmp_path)) == 1
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    os.close(reading)
+    os.close(writing)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
@@ -211,6 +211,20 @@ def test_what_another_machine_left_goes_after_a_day(tmp_path: Path, kind: str) -
     os.utime(leftover, (0, time.time() - DAY_S - 60))
     sweep(tmp_path)
     assert not leftover.exists()
+
+
+def test_what_another_machine_was_replacing_is_put_in_place_after_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "switch"
+    cut_between_renames(target)
+    monkeypatch.setattr(durable, "_place", lambda: "00000000")
+    settle(target, patience_s=0.01)
+    assert not target.exists()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    settle(target)
+    assert (target / "content").read_text() == "new"
 
 
 def test_what_an_earlier_process_of_the_same_number_left_goes_at_once(tmp_path: Path) -> None:

@@ -45,7 +45,6 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "plateau": ("batch-6 validation-6 epoch-6 epoch-18", {"schedule": "plateau"}),
     "own generator of the data, no validation": ("batch-5 batch-6 epoch-12", {"generator": 3, "validation": False}),
-    "steps that limit the fit": ("batch-6 epoch-6 validation-12 epoch-18", {"max_steps": 22}),
     "part of the data in each epoch": ("batch-2 batch-3 epoch-3 validation-6", {"limit_train_batches": 3}),
     "data without a length": ("batch-3 batch-6 epoch-6 batch-14", {"loaders": lines, "max_steps": 24, "ema": None}),
     "a stream of data": (
@@ -53,6 +52,11 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"loaders": stream, "max_steps": 24, "ema": None, "limit_train_batches": 6},
     ),
     "two loaders": ("batch-5 batch-6 epoch-6 validation-12", {"loaders": of_two_lengths, "ema": None}),
+    "steps instead of epochs": ("batch-3 batch-6 validation-6 epoch-6 epoch-12", {"max_epochs": -1, "max_steps": 22}),
+    "plain loader, steps, no validation": (
+        "batch-6 epoch-6 epoch-12",
+        {"max_steps": 22, "stateful": False, "validation": False},
+    ),
     "plain loader at the end of an epoch": ("epoch-6 validation-12 batch-18", {"stateful": False}),
 }
 
@@ -61,6 +65,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_resumed_fit_ends_like_a_whole_one(configuration: str, tmp_path: Path) -> None:
     names, settings = CONFIGURATIONS[configuration]
     moments = names.split()
+    settings = {"schedule": "cosine" if "max_steps" in settings else "onecycle"} | settings
     _, whole = train(tmp_path / "whole", moments, **settings)
     rows = logged(tmp_path / "whole")
     for moment in moments:

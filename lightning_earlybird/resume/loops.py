@@ -3,7 +3,7 @@
 After a checkpoint of ``on_train_batch_end`` Lightning (2.6) goes on with the next batch, or even the next epoch: the
 validation that was due, the hooks of the epoch's end and everything that acts in them are left out, and from then on
 its count of epochs is wrong. After one of ``on_train_epoch_end`` it leaves out what follows these hooks: the schedules
-that go by metrics, and the logging of the epoch's means.
+that go by metrics, and the logging of the epoch's means; and where ``max_steps`` is given, the epoch does not end.
 """
 
 from __future__ import annotations
