@@ -8,11 +8,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from modules import REGIONS, ConvNet, Lit, loader, quiet_trainer
 from resuming import Natural, Saving, differences, lines, logged, of_two_lengths, stream, train
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.resume import CONTINUATION_KEY
+from lightning_earlybird.resume.continuation import have_agreed
 from lightning_earlybird.tickets import load_ensemble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
@@ -181,6 +183,20 @@ def test_what_no_longer_fits_is_left_out_and_said(tmp_path: Path) -> None:
     for what in ("random states", "metric objects", "pending gradients"):
         assert f"ckpt_path: the {what} of the checkpoint cannot be restored (" in said
     assert trainer.global_step == 24
+
+
+def test_ranks_wait_for_each_other_only_where_they_have_agreed_to_stop() -> None:
+    def _broadcast_sigterm_tensor() -> None:  # where Lightning's loop raises for all ranks at once
+        raise SIGTERMException
+
+    def on_advance_end() -> None:
+        raise SIGTERMException
+
+    for leave, agreed in ((_broadcast_sigterm_tensor, True), (on_advance_end, False)):
+        with pytest.raises(SIGTERMException) as caught:
+            leave()
+        assert have_agreed(caught.value) == agreed
+    assert "_broadcast_sigterm_tensor" in vars(type(pl.Trainer(logger=False).fit_loop.epoch_loop))
 
 
 def test_nothing_is_left_behind_in_the_loops(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -139,8 +140,8 @@ class Continuing(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         forget_shadows(trainer)
         training = trainer.state.stage == RunningStage.TRAINING and trainer.fit_loop._data_fetcher is not None
-        if isinstance(exception, SIGTERMException) and training and trainer.world_size > 1 and self._acts(trainer):
-            # All ranks leave at the same batch, as they have agreed; after any other exception some may never come.
+        if have_agreed(exception) and training and trainer.world_size > 1 and self._acts(trainer):
+            # All ranks leave at the same batch; after any other exception some may never come.
             self._gathered = self._gather(trainer, together=True)
 
     @override
@@ -257,6 +258,16 @@ class Continuing(pl.Callback):
             for name, parameter in module.named_parameters()
             if parameter.grad is not None
         }
+
+
+def have_agreed(exception: BaseException) -> bool:
+    """Whether all ranks leave by a SIGTERM that they have told each other of before a batch.
+
+    Lightning also leaves at the end of a batch, on a rank that has received one itself, while others may have begun the
+    next batch. To wait for them then would be to wait until the process is killed, with nothing saved.
+    """
+    places = {frame.f_code.co_name for frame, _ in traceback.walk_tb(exception.__traceback__)}
+    return isinstance(exception, SIGTERMException) and not places.isdisjoint(("_broadcast_sigterm_tensor", "agree"))
 
 
 def attempt(what: str, restore: Callable[[pl.Trainer, Any], None], trainer: pl.Trainer, state: Any) -> None:
