@@ -304,6 +304,10 @@ class EarlyBirdDetector(Continuing):
         call, self._saved_call = self._saved_call, None
         if call is not None and self.found is None and not self._finished:
             self._find(trainer, pl_module, DenoiserCall.from_state_dict(call, pl_module.device))
+        if trainer.ckpt_path is not None and self.on_emergence == "stop" and self._search.done:
+            # The checkpoint was written after the check that ended the training, and before the end itself.
+            rank_zero_info("EarlyBirdDetector: every ticket has emerged already; training stops.")
+            trainer.should_stop = True
         if self.weights == "auto" and averaged_modules(trainer) and not self._finished:
             rank_zero_info(
                 "EarlyBirdDetector: masks are drawn from the raw weights; weights='ema' would draw them from the "

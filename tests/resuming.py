@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
 from modules import REGIONS, TIMESTEPS, ConvNet, quiet_trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchmetrics import MeanMetric
@@ -36,7 +37,7 @@ class Natural(pl.LightningModule):
         self.schedule = schedule
         torch.manual_seed(0)
         self.model = ConvNet(16, dropout=0.1)
-        self.mean = MeanMetric()
+        self.mean, self.summed, self.val_mean, self.val_summed = (MeanMetric() for _ in range(4))
 
     def loss(self, samples: Tensor) -> Tensor:
         noise = torch.randn_like(samples) * (1 + 0.1 * np.random.rand())
@@ -48,17 +49,29 @@ class Natural(pl.LightningModule):
         torch.manual_seed(7 + self.global_rank)
 
     def training_step(self, batch, batch_idx):
-        loss = self.loss(batch[0])
+        # Of several loaders each gives a batch of its own.
+        loss = self.loss(batch[0] if isinstance(batch[0], Tensor) else torch.cat([part[0] for part in batch]))
         self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.mean.update(loss.detach())
+        self.summed.update(loss.detach())
         self.log("mean", self.mean, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch[0]), sync_dist=True)
+        loss = self.loss(batch[0])
+        self.log("val_loss", loss, sync_dist=True)
+        self.val_mean.update(loss)
+        self.log("val_mean", self.val_mean)
+        self.val_summed.update(loss)
+
+    def on_validation_epoch_end(self):
+        self.log("val_summed", self.val_summed.compute(), sync_dist=True)
+        self.val_summed.reset()
 
     def on_train_epoch_end(self):
         self.log("drawn", torch.rand(()), sync_dist=True)
+        self.log("summed", self.summed.compute(), sync_dist=True)
+        self.summed.reset()
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -82,6 +95,49 @@ class Data(pl.LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(self.held_out, batch_size=8)
+
+
+class Lines(IterableDataset):
+    """Has no length; a stream goes on where it was, others give the same again."""
+
+    def __init__(self, samples: TensorDataset) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter([self.samples[index] for index in range(len(self.samples))])
+
+
+class Stream(Lines):
+    def __init__(self, samples: TensorDataset) -> None:
+        super().__init__(samples)
+        self.place = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        while True:
+            self.place = (self.place + 1) % len(self.samples)
+            yield self.samples[self.place]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def lines(samples: TensorDataset) -> StatefulDataLoader:
+    return StatefulDataLoader(Lines(samples), batch_size=8)
+
+
+def stream(samples: TensorDataset) -> StatefulDataLoader:
+    return StatefulDataLoader(Stream(samples), batch_size=7)
+
+
+def of_two_lengths(samples: TensorDataset) -> CombinedLoader:
+    """The second loader is in the middle of another round when the first one ends."""
+    short = TensorDataset(samples.tensors[0][:32])
+    return CombinedLoader(
+        [StatefulDataLoader(each, batch_size=8, shuffle=True) for each in (samples, short)], "max_size_cycle"
+    )
 
 
 class Saving(Checkpoint):
@@ -117,6 +173,7 @@ def train(
     validation: bool = True,
     detector: dict[str, Any] | None = None,
     generator: int | None = None,
+    loaders: Callable[[TensorDataset], Any] | None = None,
     **settings: Any,
 ) -> tuple[pl.Trainer, dict[str, Any]]:
     """Four epochs of six batches; what is left of them in the end."""
@@ -124,6 +181,8 @@ def train(
     samples, held_out = (TensorDataset(torch.randn(n, 1, 4, 4, generator=drawn)) for n in (48, 16))
     order = None if generator is None else torch.Generator().manual_seed(generator)
     data = Data(StatefulDataLoader if stateful else DataLoader, samples, held_out, order)
+    if loaders is not None:
+        data.train_dataloader = lambda: loaders(samples)
     found = EarlyBirdDetector([0.25, 0.5], window=2, threshold=1.0, **(detector or {}))
     pruner = TimestepAwarePruner(REGIONS, round_to=4, dirpath=out / "tickets")
     callbacks: list[pl.Callback] = [found, pruner]

@@ -8,11 +8,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import REGIONS, ConvNet
-from resuming import Natural, differences, logged, train
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from modules import REGIONS, ConvNet, Lit, loader, quiet_trainer
+from resuming import Natural, Saving, differences, lines, logged, of_two_lengths, stream, train
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.resume import CONTINUATION_KEY
+from lightning_earlybird.resume.continuation import have_agreed
 from lightning_earlybird.tickets import load_ensemble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
@@ -45,6 +47,13 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "plateau": ("batch-6 validation-6 epoch-6 epoch-18", {"schedule": "plateau"}),
     "own generator of the data, no validation": ("batch-5 batch-6 epoch-12", {"generator": 3, "validation": False}),
+    "part of the data in each epoch": ("batch-2 batch-3 epoch-3 validation-6", {"limit_train_batches": 3}),
+    "data without a length": ("batch-3 batch-6 epoch-6 batch-14", {"loaders": lines, "max_steps": 24, "ema": None}),
+    "a stream of data": (
+        "batch-3 epoch-6 batch-18",
+        {"loaders": stream, "max_steps": 24, "ema": None, "limit_train_batches": 6},
+    ),
+    "two loaders": ("batch-5 batch-6 epoch-6 validation-12", {"loaders": of_two_lengths, "ema": None}),
     "steps instead of epochs": ("batch-3 batch-6 validation-6 epoch-6 epoch-12", {"max_epochs": -1, "max_steps": 22}),
     "plain loader, steps, no validation": (
         "batch-6 epoch-6 epoch-12",
@@ -95,6 +104,30 @@ def test_a_fit_that_was_killed_before_it_wrote_its_ensemble_writes_it_when_resum
     assert differences(ours.state_dict(), theirs.state_dict()) == []
 
 
+def test_a_finished_fit_goes_on_with_the_next_epoch_where_steps_limit_it(tmp_path: Path) -> None:
+    def fit(steps: int, ckpt_path: Path | None = None) -> pl.Trainer:
+        trainer, _ = train(
+            tmp_path / str(steps), ckpt_path=ckpt_path, schedule="plateau", max_epochs=-1, max_steps=steps
+        )
+        return trainer
+
+    fit(18).save_checkpoint(tmp_path / "finished.ckpt")
+    again = fit(24, tmp_path / "finished.ckpt")
+    assert (again.global_step, again.current_epoch) == (24, 4)
+
+
+def test_a_search_that_had_stopped_the_fit_stops_it_again(tmp_path: Path) -> None:
+    def fit(ckpt_path: Path | None = None) -> pl.Trainer:
+        detector = EarlyBirdDetector([0.5], window=2, threshold=1.0, on_emergence="stop", round_to=4)
+        trainer = quiet_trainer(detector, Saving(tmp_path, ["epoch-8"]), max_epochs=9, enable_checkpointing=True)
+        module = Lit()
+        trainer.fit(module, loader(module), loader(module, 1), ckpt_path=ckpt_path)
+        return trainer
+
+    assert fit().global_step == 8
+    assert fit(tmp_path / "epoch-8.ckpt").global_step == 8
+
+
 def test_checkpoints_of_the_last_and_of_the_best_step_resume_alike(tmp_path: Path) -> None:
     def run(ckpt_path: str | None, last_epoch: int) -> tuple[pl.Trainer, ModelCheckpoint, Natural]:
         best = ModelCheckpoint(tmp_path, filename="best-{step}", monitor="val_loss", save_last=True, save_top_k=1)
@@ -140,7 +173,7 @@ def test_what_no_longer_fits_is_left_out_and_said(tmp_path: Path) -> None:
     checkpoint = torch.load(path, weights_only=True)
     (own,) = checkpoint[CONTINUATION_KEY]["ranks"]
     own["random"]["torch"] = own["random"]["torch"][:100]
-    own["means"]["results"]["training_step.mean"]["attribute"] = "renamed"
+    own["means"]["metrics"]["renamed"] = own["means"]["metrics"].pop("mean")
     checkpoint[CONTINUATION_KEY]["gradients"] = {"model.gone": torch.zeros(1)}
     torch.save(checkpoint, path)
     with warnings.catch_warnings(record=True) as caught:
@@ -150,6 +183,20 @@ def test_what_no_longer_fits_is_left_out_and_said(tmp_path: Path) -> None:
     for what in ("random states", "metric objects", "pending gradients"):
         assert f"ckpt_path: the {what} of the checkpoint cannot be restored (" in said
     assert trainer.global_step == 24
+
+
+def test_ranks_wait_for_each_other_only_where_they_have_agreed_to_stop() -> None:
+    def _broadcast_sigterm_tensor() -> None:  # where Lightning's loop raises for all ranks at once
+        raise SIGTERMException
+
+    def on_advance_end() -> None:
+        raise SIGTERMException
+
+    for leave, agreed in ((_broadcast_sigterm_tensor, True), (on_advance_end, False)):
+        with pytest.raises(SIGTERMException) as caught:
+            leave()
+        assert have_agreed(caught.value) == agreed
+    assert "_broadcast_sigterm_tensor" in vars(type(pl.Trainer(logger=False).fit_loop.epoch_loop))
 
 
 def test_nothing_is_left_behind_in_the_loops(tmp_path: Path) -> None:

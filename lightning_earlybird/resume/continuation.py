@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_earlybird.resume.epoch_means import (
@@ -47,11 +52,12 @@ class Continuing(pl.Callback):
         self._gathered: list[dict[str, Any]] | None = None
         self._warned_of_gradients = False
         self._loader_states: list[Any] = []
+        self._before_fetch: list[Any] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._continuation = self._gathered = None
-        self._loader_states = []
+        self._loader_states, self._before_fetch = [], []
         self._ending = UnfinishedEnd()
 
     @override
@@ -61,6 +67,7 @@ class Continuing(pl.Callback):
         if CONTINUATION_KEY in checkpoint or trainer.state.fn != TrainerFn.FITTING:
             return
         gradients = self._pending_gradients(trainer, pl_module)
+        self._correct_loader_states(trainer, checkpoint)
         checkpoint[CONTINUATION_KEY] = {
             "format_version": CONTINUATION_VERSION,
             "ranks": self._gathered if self._gathered is not None else self._gather(trainer),
@@ -92,6 +99,8 @@ class Continuing(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fit_loop = trainer.fit_loop
         no_more_batches = self._ending.go_on(trainer)
+        if self._acts(trainer):
+            self._note_before_fetches(trainer)
         state, self._continuation = self._continuation, None
         own = None if state is None else self._own(trainer, state["ranks"])
         if state is None or len(state["ranks"]) == trainer.world_size:  # else the data were shared out otherwise
@@ -131,8 +140,8 @@ class Continuing(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         forget_shadows(trainer)
         training = trainer.state.stage == RunningStage.TRAINING and trainer.fit_loop._data_fetcher is not None
-        if isinstance(exception, SIGTERMException) and training and trainer.world_size > 1 and self._acts(trainer):
-            # All ranks leave at the same batch, as they have agreed; after any other exception some may never come.
+        if have_agreed(exception) and training and trainer.world_size > 1 and self._acts(trainer):
+            # All ranks leave at the same batch; after any other exception some may never come.
             self._gathered = self._gather(trainer, together=True)
 
     @override
@@ -161,11 +170,49 @@ class Continuing(pl.Callback):
         for loader in loaders.flattened:
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         loaders._load_state_dicts(states)
-        iter(fetcher)
-        # At its end some loaders give nothing, and the next epoch begins when they are iterated anew; others have begun
-        # it, and are told again for the first batch not to be missed.
-        if at_end and next(fetcher, None) is not None:
-            loaders._load_state_dicts(states)
+        if not at_end:
+            iter(fetcher)
+            return
+        for loader, state in zip(filter(_is_stateful, loaders.flattened), states, strict=True):
+            # One that has given all begins the next epoch when it is iterated anew; so does one of which a limit, or a
+            # longer loader beside it, has left something over. Where this goes by the state of a stream, which now has
+            # given a batch, it is told again, and made to iterate once more for its next iteration to be a new one.
+            of_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+            if next(iter(loader), None) is not None and of_stream:
+                loader.load_state_dict(state)
+                if isinstance(loader, DataLoader):
+                    iter(loader)
+
+    def _note_before_fetches(self, trainer: pl.Trainer) -> None:
+        """Have states of loaders taken before they are asked for a batch ahead of time.
+
+        Of data without a length Lightning holds the next batch at hand, to know which is the last one. A loader that
+        is told that it has given this batch would leave it out.
+        """
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        loaders = trainer.fit_loop._combined_loader
+        if not isinstance(fetcher, _PrefetchDataFetcher) or fetcher.length is not None or loaders is None:
+            return
+        if not any(map(_is_stateful, loaders.flattened)):
+            return
+        before = loop._on_before_fetch
+
+        def noting() -> None:
+            loaders = trainer.fit_loop._combined_loader
+            if loaders is not None:
+                self._before_fetch = copy.deepcopy(loaders._state_dicts())
+            before()
+
+        loop.__dict__["_on_before_fetch"] = noting
+
+    def _correct_loader_states(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Count no batch as given that waits to be taken."""
+        fetcher, loops = trainer.fit_loop._data_fetcher, checkpoint.get("loops", {}).get("fit_loop", {})
+        waiting = isinstance(fetcher, _PrefetchDataFetcher) and fetcher.batches
+        if waiting and self._before_fetch and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            state = loops.get("state_dict", {})
+            if "combined_loader" in state:
+                state["combined_loader"] = self._before_fetch
 
     def _gather(self, trainer: pl.Trainer, together: bool | None = None) -> list[dict[str, Any]]:
         """What every rank has under way; after an exception, when others may not answer, only this rank's."""
@@ -213,6 +260,16 @@ class Continuing(pl.Callback):
         }
 
 
+def have_agreed(exception: BaseException) -> bool:
+    """Whether all ranks leave by a SIGTERM that they have told each other of before a batch.
+
+    Lightning also leaves at the end of a batch, on a rank that has received one itself, while others may have begun the
+    next batch. To wait for them then would be to wait until the process is killed, with nothing saved.
+    """
+    places = {frame.f_code.co_name for frame, _ in traceback.walk_tb(exception.__traceback__)}
+    return isinstance(exception, SIGTERMException) and not places.isdisjoint(("_broadcast_sigterm_tensor", "agree"))
+
+
 def attempt(what: str, restore: Callable[[pl.Trainer, Any], None], trainer: pl.Trainer, state: Any) -> None:
     """Restore a part of what was under way; where that fails, training goes on without it, and says so.
 
@@ -234,6 +291,10 @@ def restore_gradients(trainer: pl.Trainer, state: dict[str, Any]) -> None:
         named[name].grad = gradient.to(named[name].device, copy=True)
 
 
+def _is_stateful(loader: Any) -> bool:
+    return isinstance(loader, _Stateful)
+
+
 def once(loop: Any, name: str, before: Callable[..., Any]) -> None:
     """Have a function called before a loop's method, the next time only."""
     method = getattr(loop, name)
@@ -250,4 +311,5 @@ def forget_shadows(trainer: pl.Trainer) -> None:
     """Undo what a fit that broke off has left."""
     trainer.fit_loop.__dict__.pop("on_advance_start", None)
     trainer.fit_loop.epoch_loop.__dict__.pop("on_run_start", None)
+    trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
     forget_epoch_means(trainer)

@@ -36,13 +36,18 @@ def capture_epoch_means(trainer: pl.Trainer) -> dict[str, Any]:
             saved["batch_size"] = _kept(getattr(result, "cumulated_batch_size", None))
         elif meta.metric_attribute is not None:
             saved["attribute"] = meta.metric_attribute
-            saved["state"] = {name: _kept(value) for name, value in result.value.metric_state.items()}
-            saved["updates"] = result.value._update_count
         results[key] = saved
     connector = trainer._logger_connector
     newest = {name: getattr(connector, name) for name in _NEWEST}
     return {
         "results": results,
+        "metrics": {
+            name: {
+                "state": {key: _kept(value) for key, value in metric.metric_state.items()},
+                "updates": metric._update_count,
+            }
+            for name, metric in _metric_objects(trainer).items()
+        },
         # Monitors of callbacks and schedulers look these up, also long after they were logged.
         "newest": {
             name: {key: _kept(value) for key, value in values.items() if isinstance(value, Tensor)}
@@ -59,14 +64,13 @@ def restore_newest(trainer: pl.Trainer, own: dict[str, Any]) -> None:
 
 
 def restore_metric_objects(trainer: pl.Trainer, own: dict[str, Any]) -> None:
-    """Metric objects of the module, which are updated before they are logged, have their sums again."""
-    for saved in own["means"]["results"].values():
-        if "attribute" in saved:
-            metric = trainer.lightning_module.get_submodule(saved["attribute"])
-            assert isinstance(metric, Metric)
-            for key, value in saved["state"].items():
-                setattr(metric, key, _moved(value, metric.device))
-            metric._update_count, metric._computed = saved["updates"], None
+    """Metric objects of the module have their sums again, whether they have been logged or will be at the end."""
+    for name, saved in own["means"]["metrics"].items():
+        metric = trainer.lightning_module.get_submodule(name)
+        assert isinstance(metric, Metric)
+        for key, value in saved["state"].items():
+            setattr(metric, key, _moved(value, metric.device))
+        metric._update_count, metric._computed = saved["updates"], None
 
 
 def take_up_epoch_means(trainer: pl.Trainer, own: dict[str, Any]) -> None:
@@ -110,6 +114,27 @@ def restore_epoch_means(trainer: pl.Trainer, own: dict[str, Any]) -> None:
 def forget_epoch_means(trainer: pl.Trainer) -> None:
     """Lightning's own way again, for the next epochs."""
     trainer.fit_loop.epoch_loop._results.__dict__.pop("update_metrics", None)
+
+
+def _metric_objects(trainer: pl.Trainer) -> dict[str, Metric]:
+    """Those that gather something over the training epoch.
+
+    Those of a validation begin with its first batch: Lightning resets them if they were logged before in this process,
+    which in another one they were not.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    validated = loop.val_loop.batch_progress.total
+    gathered = {result.meta.metric_attribute for result in loop._results.values()}
+    left_out = {result.meta.metric_attribute for result in loop.val_loop._results.values()} - gathered
+    if trainer.validating and validated.ready != validated.completed:
+        left_out = {name for name, _ in trainer.lightning_module.named_modules()} - gathered
+    return {
+        name: part
+        for name, part in trainer.lightning_module.named_modules()
+        if isinstance(part, Metric)
+        and part._update_count > 0
+        and not any(name == each or name.startswith(f"{each}.") for each in left_out)
+    }
 
 
 def _fill(result: _ResultMetric, saved: dict[str, Any], device: torch.device) -> None:

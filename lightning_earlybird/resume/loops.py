@@ -12,6 +12,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.loops.fit_loop import RestartStage as FitRestartStage
+from lightning.pytorch.loops.loop import _Loop
 
 
 class UnfinishedEnd:
@@ -42,11 +44,8 @@ class UnfinishedEnd:
             Whether the end of the epoch comes next, without another batch.
         """
         loop = trainer.fit_loop.epoch_loop
-        if self.of_epoch and trainer.fit_loop.restarted_on_epoch_end:
-            # With `max_steps` Lightning goes on in the epoch that has ended, instead of beginning the next one.
-            trainer.fit_loop.epoch_progress.increment_completed()
-            trainer.fit_loop.reset_restart_stage()
-            trainer.fit_loop._restarting = loop.restarting = False
+        if trainer.fit_loop.restarting:
+            self._begin_next_epoch(trainer)
         at_end = trainer.fit_loop.restarted_mid_epoch and loop._num_ready_batches_reached()
         if not self._of_batch:
             return at_end
@@ -71,6 +70,24 @@ class UnfinishedEnd:
 
             loop.__dict__["on_run_start"] = ended
         return at_end
+
+    def _begin_next_epoch(self, trainer: pl.Trainer) -> None:
+        """Go on from the end of an epoch with the next one, as Lightning does unless steps limit the fit.
+
+        There it would call the hooks of an epoch's end again, and count it twice: the data of the next one would come
+        in another order, and a limit of epochs be reached too early. After a whole fit it would count an empty epoch.
+        """
+        fit_loop = trainer.fit_loop
+        count, batches = fit_loop.epoch_progress.total, fit_loop.epoch_loop.batch_progress
+        if not count.ready == count.started == count.processed:  # type: ignore[attr-defined]
+            return
+        if fit_loop.restarted_on_epoch_end:
+            fit_loop.epoch_progress.increment_completed()
+            fit_loop._restart_stage = FitRestartStage.RESUMED_ON_EPOCH_END
+        elif not batches.is_last_batch:
+            return  # the limit of steps was reached within an epoch, which goes on
+        _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]  # its own setter refuses
+        fit_loop.epoch_loop.update_restart_stage()
 
     def finish_epoch(self, trainer: pl.Trainer) -> None:
         """Do what comes after the hooks of ``on_train_epoch_end``; its metrics must be known again."""
