@@ -67,7 +67,8 @@ def check_intact(path: str | os.PathLike[str]) -> None:
                 sum(entry.file_size for entry in entries) > Path(path).stat().st_size
             ):
                 root.fail("claims to unpack to more than it holds; it was not written by torch.")
-            damaged = file.testzip()
+            # Under torch.serialization.set_crc32_options(False) none are computed, and there is nothing to compare.
+            damaged = file.testzip() if any(entry.CRC for entry in entries) else None
     except EnsembleFormatError:
         raise
     except Exception as error:  # damaged headers make the library seek and decode wherever they point

@@ -65,6 +65,16 @@ def test_a_fit_refuses_a_checkpoint_of_which_one_bit_has_changed(tmp_path: Path)
         trainer.fit(module := Lit(), loader(module), loader(module), ckpt_path=path)
 
 
+def test_a_checkpoint_without_checksums_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        WholeFileCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert WholeFileCheckpointIO().load_checkpoint(path)["epoch"] == 3
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_fit_does_not_unpickle_objects_unless_it_is_told_to(tmp_path: Path) -> None:
     fitted(tmp_path, "pruner")

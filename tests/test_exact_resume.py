@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from modules import REGIONS, ConvNet, Lit, loader, quiet_trainer
 from resuming import Natural, Saving, differences, lines, logged, of_two_lengths, stream, train
+from torchmetrics import CatMetric
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.resume import CONTINUATION_KEY
@@ -197,6 +198,24 @@ def test_ranks_wait_for_each_other_only_where_they_have_agreed_to_stop() -> None
             leave()
         assert have_agreed(caught.value) == agreed
     assert "_broadcast_sigterm_tensor" in vars(type(pl.Trainer(logger=False).fit_loop.epoch_loop))
+
+
+def test_a_metric_of_many_megabytes_is_left_out_of_checkpoints_and_that_is_said(tmp_path: Path) -> None:
+    class Gathering(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all = CatMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.all.update(torch.zeros(5_000_000))
+            return super().training_step(batch, batch_idx)
+
+    module = Gathering()
+    trainer = quiet_trainer(EarlyBirdDetector([0.5]), max_epochs=1)
+    trainer.fit(module, loader(module, 1), loader(module))
+    with pytest.warns(UserWarning, match="The metric 'all' holds more than 16 MiB, and checkpoints leave out"):
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").stat().st_size < 1 << 20
 
 
 def test_nothing_is_left_behind_in_the_loops(tmp_path: Path) -> None:

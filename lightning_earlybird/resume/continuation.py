@@ -233,7 +233,8 @@ class Continuing(pl.Callback):
         if len(ranks) != count:
             rank_zero_info(
                 f"The checkpoint holds the random states of {len(ranks)} rank(s), and there are {count} now: training "
-                "goes on with other random numbers and another order of the data."
+                "goes on with other random numbers, and where the number of ranks has changed, with another order of "
+                "the data."
             )
         return ranks[position] if position < len(ranks) else None
 

@@ -7,10 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 _PLAIN = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
+_LARGEST = 16 << 20
+"""Bytes of a metric that a checkpoint takes up at most: some gather features of all samples."""
+
 _NEWEST = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
@@ -128,13 +132,27 @@ def _metric_objects(trainer: pl.Trainer) -> dict[str, Metric]:
     left_out = {result.meta.metric_attribute for result in loop.val_loop._results.values()} - gathered
     if trainer.validating and validated.ready != validated.completed:
         left_out = {name for name, _ in trainer.lightning_module.named_modules()} - gathered
-    return {
+    found = {
         name: part
         for name, part in trainer.lightning_module.named_modules()
         if isinstance(part, Metric)
         and part._update_count > 0
         and not any(name == each or name.startswith(f"{each}.") for each in left_out)
     }
+    large = [name for name, metric in found.items() if _size(metric) > _LARGEST]
+    if large:
+        rank_zero_warn(
+            f"The metric {large[0]!r} holds more than {_LARGEST >> 20} MiB, and checkpoints leave out what it has "
+            "gathered so far: a fit that resumes in the middle of an epoch computes it from the rest of the epoch only."
+        )
+    return {name: metric for name, metric in found.items() if name not in large}
+
+
+def _size(metric: Metric) -> int:
+    values = [
+        each for value in metric.metric_state.values() for each in (value if isinstance(value, list) else [value])
+    ]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def _fill(result: _ResultMetric, saved: dict[str, Any], device: torch.device) -> None:
