@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_earlybird.resume.epoch_means import (
@@ -27,6 +22,7 @@ from lightning_earlybird.resume.epoch_means import (
     restore_newest,
     take_up_epoch_means,
 )
+from lightning_earlybird.resume.loaders import LoaderStates
 from lightning_earlybird.resume.loops import UnfinishedEnd
 from lightning_earlybird.resume.random_states import capture_random_states, restore_random_states
 
@@ -51,14 +47,12 @@ class Continuing(pl.Callback):
         self._ending = UnfinishedEnd()
         self._gathered: list[dict[str, Any]] | None = None
         self._warned_of_gradients = False
-        self._loader_states: list[Any] = []
-        self._before_fetch: list[Any] = []
+        self._loaders = LoaderStates()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._continuation = self._gathered = None
-        self._loader_states, self._before_fetch = [], []
-        self._ending = UnfinishedEnd()
+        self._ending, self._loaders = UnfinishedEnd(), LoaderStates()
 
     @override
     def on_save_checkpoint(
@@ -67,7 +61,7 @@ class Continuing(pl.Callback):
         if CONTINUATION_KEY in checkpoint or trainer.state.fn != TrainerFn.FITTING:
             return
         gradients = self._pending_gradients(trainer, pl_module)
-        self._correct_loader_states(trainer, checkpoint)
+        self._loaders.correct(trainer, checkpoint)
         checkpoint[CONTINUATION_KEY] = {
             "format_version": CONTINUATION_VERSION,
             "ranks": self._gathered if self._gathered is not None else self._gather(trainer),
@@ -93,18 +87,18 @@ class Continuing(pl.Callback):
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is not None:
             self._ending.look_at(loops)
-            self._loader_states = loops["state_dict"].pop("combined_loader", [])
+            self._loaders.take_from(loops)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fit_loop = trainer.fit_loop
         no_more_batches = self._ending.go_on(trainer)
         if self._acts(trainer):
-            self._note_before_fetches(trainer)
+            self._loaders.note_before_fetches(trainer)
         state, self._continuation = self._continuation, None
         own = None if state is None else self._own(trainer, state["ranks"])
         if state is None or len(state["ranks"]) == trainer.world_size:  # else the data were shared out otherwise
-            self._restore_loaders(trainer, no_more_batches or not fit_loop.restarted_mid_epoch)
+            self._loaders.restore(trainer, no_more_batches or not fit_loop.restarted_mid_epoch)
         if state is None or own is None:
             return
         attempt("newest metrics", restore_newest, trainer, own)
@@ -151,68 +145,6 @@ class Continuing(pl.Callback):
     def _acts(self, trainer: pl.Trainer) -> bool:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return next((each for each in callbacks if isinstance(each, Continuing)), None) is self
-
-    def _restore_loaders(self, trainer: pl.Trainer, at_end: bool) -> None:
-        """Tell stateful loaders where they were.
-
-        Lightning would do so when it sets loaders up: before it has told samplers the epoch, whose order they then
-        miss, and not at all where asking for ``estimated_stepping_batches`` has set up the loaders earlier.
-
-        Args:
-            trainer: The Trainer of the fit.
-            at_end: Whether all batches of the epoch had been taken.
-        """
-        states, self._loader_states = self._loader_states, []
-        fit_loop = trainer.fit_loop
-        loaders, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
-        if not states or loaders is None or fetcher is None:
-            return
-        for loader in loaders.flattened:
-            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        loaders._load_state_dicts(states)
-        if not at_end:
-            iter(fetcher)
-            return
-        for loader, state in zip(filter(_is_stateful, loaders.flattened), states, strict=True):
-            # One that has given all begins the next epoch when it is iterated anew; so does one of which a limit, or a
-            # longer loader beside it, has left something over. Where this goes by the state of a stream, which now has
-            # given a batch, it is told again, and made to iterate once more for its next iteration to be a new one.
-            of_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
-            if next(iter(loader), None) is not None and of_stream:
-                loader.load_state_dict(state)
-                if isinstance(loader, DataLoader):
-                    iter(loader)
-
-    def _note_before_fetches(self, trainer: pl.Trainer) -> None:
-        """Have states of loaders taken before they are asked for a batch ahead of time.
-
-        Of data without a length Lightning holds the next batch at hand, to know which is the last one. A loader that
-        is told that it has given this batch would leave it out.
-        """
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        loaders = trainer.fit_loop._combined_loader
-        if not isinstance(fetcher, _PrefetchDataFetcher) or fetcher.length is not None or loaders is None:
-            return
-        if not any(map(_is_stateful, loaders.flattened)):
-            return
-        before = loop._on_before_fetch
-
-        def noting() -> None:
-            loaders = trainer.fit_loop._combined_loader
-            if loaders is not None:
-                self._before_fetch = copy.deepcopy(loaders._state_dicts())
-            before()
-
-        loop.__dict__["_on_before_fetch"] = noting
-
-    def _correct_loader_states(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Count no batch as given that waits to be taken."""
-        fetcher, loops = trainer.fit_loop._data_fetcher, checkpoint.get("loops", {}).get("fit_loop", {})
-        waiting = isinstance(fetcher, _PrefetchDataFetcher) and fetcher.batches
-        if waiting and self._before_fetch and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            state = loops.get("state_dict", {})
-            if "combined_loader" in state:
-                state["combined_loader"] = self._before_fetch
 
     def _gather(self, trainer: pl.Trainer, together: bool | None = None) -> list[dict[str, Any]]:
         """What every rank has under way; after an exception, when others may not answer, only this rank's."""
@@ -290,10 +222,6 @@ def restore_gradients(trainer: pl.Trainer, state: dict[str, Any]) -> None:
     named = dict(trainer.lightning_module.named_parameters())
     for name, gradient in state["gradients"].items():
         named[name].grad = gradient.to(named[name].device, copy=True)
-
-
-def _is_stateful(loader: Any) -> bool:
-    return isinstance(loader, _Stateful)
 
 
 def once(loop: Any, name: str, before: Callable[..., Any]) -> None:
