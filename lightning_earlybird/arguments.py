@@ -1,6 +1,8 @@
 """Checks of constructor arguments that callbacks share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -76,3 +78,40 @@ def check_state_version(callback: object, state: Mapping[str, object], newest: i
             f"ckpt_path: the state of {type(callback).__name__} has format_version={version!r}, and this "
             f"lightning-earlybird reads 1 to {newest}. Upgrade it, or begin a new training."
         )
+
+
+@contextmanager
+def reading_state(callback: object) -> Iterator[None]:
+    """For the block that takes over a callback's state: what it stumbles over means that the checkpoint is damaged.
+
+    Errors that say what does not fit (``ValueError``) pass.
+
+    Raises:
+        MisconfigurationException: The message names the callback and what is wrong.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise MisconfigurationException(
+            f"ckpt_path: the state of {type(callback).__name__} is damaged ({type(error).__name__}: {error}). Resume "
+            "from another checkpoint."
+        ) from error
+
+
+def taken(state: Mapping[str, object], name: str, *kinds: type) -> Any:
+    """A value out of a state that nobody vouches for.
+
+    Args:
+        state: What a checkpoint holds.
+        name: Which value.
+        *kinds: The types that it may have, and no other.
+
+    Raises:
+        KeyError: It is missing.
+        TypeError: It has another type.
+    """
+    value = state[name]
+    if type(value) not in kinds:
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name!r} is a {type(value).__name__}, expected {expected}")
+    return value

@@ -21,6 +21,8 @@ from lightning_earlybird.arguments import (
     check_resumed,
     check_state_version,
     plain_settings,
+    reading_state,
+    taken,
 )
 from lightning_earlybird.budget import Allocation, Budget, Heads, Scope, Target
 from lightning_earlybird.checkpoint_io import write_whole_checkpoints
@@ -303,7 +305,7 @@ class EarlyBirdDetector(Continuing):
         self._finish_if_replaced(pl_module)
         call, self._saved_call = self._saved_call, None
         if call is not None and self.found is None and not self._finished:
-            self._find(trainer, pl_module, DenoiserCall.from_state_dict(call, pl_module.device))
+            self._find(trainer, pl_module, DenoiserCall.read(self, call, pl_module.device))
         if trainer.ckpt_path is not None and self.on_emergence == "stop" and self._search.done:
             # The checkpoint was written after the check that ended the training, and before the end itself.
             rank_zero_info("EarlyBirdDetector: every ticket has emerged already; training stops.")
@@ -696,9 +698,10 @@ class EarlyBirdDetector(Continuing):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._fitting:
             return  # tests and predictions search for nothing, and no pruner has said by what regions
-        check_state_version(self, state_dict, newest=1)
-        check_resumed(self._settings, state_dict.get("settings", {}))  # absent from the first ones of this version
-        self._search.load_state_dict(state_dict["search"])
-        self._last_check_step = state_dict["last_check_step"]
-        self._finished = state_dict["finished"]
-        self._saved_call = state_dict.get("call")
+        with reading_state(self):
+            check_state_version(self, state_dict, newest=1)
+            check_resumed(self._settings, state_dict.get("settings", {}))  # absent from the first ones of this version
+            self._search.load_state_dict(state_dict["search"])
+            self._last_check_step = taken(state_dict, "last_check_step", int)
+            self._finished = taken(state_dict, "finished", bool)
+            self._saved_call = taken({"call": None, **state_dict}, "call", dict, type(None))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_earlybird.arguments import reading_state, taken
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.ensemble import TimestepArgument
 
@@ -91,6 +92,19 @@ class DenoiserCall:
             sample_shape=tuple(state["sample_shape"]),
             seen=state["seen"],
         )
+
+    @classmethod
+    def read(cls, callback: object, state: Mapping[str, Any], device: torch.device) -> DenoiserCall:
+        """As :meth:`from_state_dict`, of a checkpoint that nobody vouches for.
+
+        Raises:
+            MisconfigurationException: If the state of ``callback`` that it is a part of is damaged.
+            ValueError: If the place of the timesteps is none.
+        """
+        with reading_state(callback):
+            taken(state, "name", str)
+            taken(state, "seen", Tensor)
+            return cls.from_state_dict(state, device)
 
     def for_network(self, network: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with floating-point tensors in the network's dtype: outside of autocast they must agree."""

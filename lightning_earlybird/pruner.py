@@ -25,6 +25,8 @@ from lightning_earlybird.arguments import (
     check_resumed,
     check_state_version,
     plain_settings,
+    reading_state,
+    taken,
 )
 from lightning_earlybird.budget import Allocation, Heads, Scope, Target
 from lightning_earlybird.checkpoint_io import write_whole_checkpoints
@@ -588,16 +590,18 @@ class TimestepAwarePruner(Continuing):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state_version(self, state_dict, newest=1)
-        self._saved_settings = state_dict.get("settings", {})  # absent from the first ones of this version
-        self.switched_at = state_dict["switched_at"]
-        self._initial = state_dict["initial_weights"]
-        if "losses" in state_dict:
-            self._loss.load_state_dict(state_dict["losses"])
-        self._losses = {}
-        for ticket, losses in state_dict.get("losses_by_ticket", {}).items():
-            self._losses[int(ticket)] = SwitchLoss()
-            self._losses[int(ticket)].load_state_dict(losses)
+        with reading_state(self):
+            check_state_version(self, state_dict, newest=1)
+            # Absent from the first ones of this version.
+            self._saved_settings = taken({"settings": {}, **state_dict}, "settings", dict)
+            self.switched_at = taken(state_dict, "switched_at", int, type(None))
+            self._initial = taken(state_dict, "initial_weights", dict, type(None))
+            if "losses" in state_dict:
+                self._loss.load_state_dict(state_dict["losses"])
+            self._losses = {}
+            for ticket, losses in state_dict.get("losses_by_ticket", {}).items():
+                own = self._losses[int(ticket)] = SwitchLoss()
+                own.load_state_dict(losses)
 
 
 def _default_directory(trainer: pl.Trainer) -> Path:

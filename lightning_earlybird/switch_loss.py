@@ -49,9 +49,17 @@ class SwitchLoss:
         return {"before": before, "after": None if self._after is None else [loss.cpu() for loss in self._after]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            TypeError: If the state holds something else than losses.
+        """
+        after = state["after"]
+        losses = [*state["before"], *(after or ())]
+        if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
+            raise TypeError("losses around the switch are no tensors of one number")
         self._before = deque(state["before"], maxlen=self.steps)
-        self._after = None if state["after"] is None else list(state["after"])
+        self._after = None if after is None else list(after)
 
     def end(self) -> dict[str, float | None]:
         """The mean after the switch, where the fit ends before ``steps`` of them; empty otherwise."""
