@@ -21,10 +21,8 @@ demo: $(STAMP)
 demo-parallel: $(STAMP)
 	$(BIN)/python examples/digits.py examples/configs/digits_parallel.yaml $(ARGS)
 
-# In the order of their names, which begins with the tests that start processes: the longest files, though not those of
-# the most tests, by which pytest-xdist would sort.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --durations-min=1 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 --durations-min=1 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
