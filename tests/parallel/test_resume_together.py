@@ -11,6 +11,13 @@ from worlds import run, scenario
 
 MOMENTS = ["batch-2", "batch-3", "validation-3", "epoch-3", "epoch-6", "batch-8"]
 SETTINGS = {"strategy": "ddp", "devices": 2}
+PLAIN = SETTINGS | {
+    "stateful": False,
+    "ema": "after",
+    "accumulate_grad_batches": 2,
+    "precision": "bf16-mixed",
+    "schedule": "cosine",
+}
 
 
 def both(out: Path) -> None:
@@ -21,8 +28,8 @@ def both(out: Path) -> None:
     for moment in MOMENTS:
         trainer, resumed = train(out / moment, ckpt_path=out / "whole" / f"{moment}.ckpt", **SETTINGS)
         found[moment] = differences(resumed, whole)
-    _, whole = train(out / "plain", ["epoch-6"], stateful=False, **SETTINGS)
-    _, resumed = train(out / "plain-6", ckpt_path=out / "plain" / "epoch-6.ckpt", stateful=False, **SETTINGS)
+    _, whole = train(out / "plain", ["epoch-6"], **PLAIN)
+    _, resumed = train(out / "plain-6", ckpt_path=out / "plain" / "epoch-6.ckpt", **PLAIN)
     found["plain"] = differences(resumed, whole)
     found["batches"] = trainer.num_training_batches
     found["random"] = whole["random"].tolist()
