@@ -64,7 +64,8 @@ class DiffusionModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.settings
-        fused = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
+        # Lightning clips no gradients of fused optimizers under mixed precision.
+        fused = {} if "mixed" in str(self.trainer.precision) else {"fused": True}
         kind = torch.optim.AdamW if settings.weight_decay else torch.optim.Adam
         optimizer = kind(self.model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, **fused)
         warmup = torch.optim.lr_scheduler.LambdaLR(

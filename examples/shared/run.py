@@ -11,12 +11,12 @@ import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
-from shared.outputs import wandb_is_offline
-from shared.reports import cost_report
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, TimestepPartition
 from lightning_earlybird.reporting import ticket_table
+from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
+from shared.outputs import wandb_is_offline
+from shared.reports import cost_report
 
 QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
 
