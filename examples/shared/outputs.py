@@ -33,8 +33,8 @@ def prepare_output(config: DictConfig) -> tuple[Path, Path | None]:
     found = [name for name in TRACES if (output / name).exists()]
     if found and not config.resume and not config.overwrite:
         sys.exit(
-            f"{program}: output={output} holds a run already ({', '.join(found)}). Go on with it by resume=true, replace "
-            "it by overwrite=true, or write elsewhere by output=FOLDER."
+            f"{program}: output={output} holds a run already ({', '.join(found)}). Go on with it by resume=true, "
+            "replace it by overwrite=true, or write elsewhere by output=FOLDER."
         )
     try:
         output.mkdir(parents=True, exist_ok=True)

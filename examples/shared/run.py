@@ -94,7 +94,7 @@ def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> 
         loggers.append(
             WandbLogger(
                 project=config.wandb.project,
-                name=config.wandb.name,
+                name=config.wandb.get("name"),
                 save_dir=output,
                 offline=offline,
                 mode="offline" if offline else "online",
@@ -103,30 +103,17 @@ def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> 
                 config=OmegaConf.to_container(config),
             )
         )
-    if config.tensorboard:
+    if config.get("tensorboard"):
         loggers.append(TensorBoardLogger(output, name="tensorboard", version=""))
     return loggers, logs
 
 
 def build_checkpoints(config: DictConfig, output: Path) -> ModelCheckpoint:
     """One file that each checkpoint replaces, or all of them beside it."""
-    settings, folder = config.checkpoint, output / "checkpoints"
-    if settings.keep_all:
-        return ModelCheckpoint(
-            folder,
-            filename="{step}",
-            every_n_epochs=settings.every_n_epochs,
-            every_n_train_steps=settings.every_n_train_steps,
-            save_top_k=-1,
-            save_last=True,
-        )
-    return ModelCheckpoint(
-        folder,
-        filename="last",
-        every_n_epochs=settings.every_n_epochs,
-        every_n_train_steps=settings.every_n_train_steps,
-        enable_version_counter=False,
-    )
+    settings, folder = dict(config.checkpoint), output / "checkpoints"
+    if settings.pop("keep_all", False):
+        return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_last=True, **settings)
+    return ModelCheckpoint(folder, filename="last", enable_version_counter=False, **settings)
 
 
 def _plain(value: object) -> object:

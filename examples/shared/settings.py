@@ -212,6 +212,7 @@ CHOICES = {
     "diffusion.prediction": ("epsilon", "v_prediction", "sample"),
     "flow.density": ("logit_normal", "uniform"),
     "sampling.spacing": ("quadratic", "uniform"),
+    "sampling.scheduler": ("ddpm", "ddim"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
     "data.channels": ("RGB", "L"),
 }
@@ -259,11 +260,8 @@ def merge_settings(base: Path, arguments: list[str], schema: type[Settings] | No
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
             key = error.full_key or "?"
-            expected = getattr(error, "ref_type_str", None) or "another type"
-            raise SettingsError(
-                f"{key}={OmegaConf.select(layer, key)!r} ({origin}) must be of type "
-                f"{str(expected).removeprefix('Optional')}: {_first_line(error)}"
-            ) from error
+            value = OmegaConf.select(layer, key)
+            raise SettingsError(f"{key}={value!r} ({origin}) has the wrong type: {_first_line(error)}.") from error
     for key, possible in CHOICES.items():
         value = OmegaConf.select(config, key)
         if value is not None and value not in possible:
@@ -288,13 +286,12 @@ def _load(path: Path) -> DictConfig:
 
 def _recipe(base: Path, name: str) -> DictConfig:
     folder = base.with_suffix("")
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(each.stem for each in folder.glob("*.yaml"))
+    known = sorted(each.stem for each in folder.glob("*.yaml"))
+    if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
         hint = f"the nearest one is {nearest[0]!r}, all are {', '.join(known)}" if known else "this example has none"
         raise SettingsError(f"recipe={name}: unknown; {hint}.")
-    return _load(path)
+    return _load(folder / f"{name}.yaml")
 
 
 def _listed(names: Any) -> list[str]:
