@@ -9,28 +9,20 @@ python examples/cifar10.py resume=true                                 # goes on
 
 import sys
 
-import lightning as L
-import torch
-from shared.data import ImageDataModule
 from shared.module import DiffusionModule, build_unet
-from shared.outputs import prepare_output
-from shared.run import train
+from shared.run import begin, laid_out, train
 from shared.settings import CONFIGS, ImageSettings, read_settings
+from shared.sources import image_data
 
 
-def main(arguments: list[str], base: str = "cifar10.yaml") -> None:
-    config = read_settings(CONFIGS / base, arguments, ImageSettings)
-    output, checkpoint = prepare_output(config)
-    L.seed_everything(config.seed)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    data = ImageDataModule(config.data, output)
-    unet = build_unet(config.model, size=config.data.size, channels=data.channels, num_classes=data.num_classes)
-    if config.model.channels_last:
-        unet = unet.to(memory_format=torch.channels_last)
-    if config.model.compile:
-        unet = torch.compile(unet)
-    train(config, DiffusionModule(unet, config.diffusion, config.optimizer), data, output, checkpoint)
+def main(arguments: list[str]) -> None:
+    config = read_settings(CONFIGS / "cifar10.yaml", arguments, ImageSettings)
+    output, checkpoint = begin(config)
+    data = image_data(config.data, output)
+    channels = data.train.images.shape[1]
+    unet = build_unet(config.model, size=config.data.size, channels=channels, num_classes=data.num_classes)
+    module = DiffusionModule(laid_out(unet, config.model), config.diffusion, config.optimizer)
+    train(config, module, data, output, checkpoint)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,31 @@ import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, TimestepPartition
 from lightning_earlybird.reporting import ticket_table
 from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
-from shared.outputs import wandb_is_offline
+from shared.outputs import prepare_output, wandb_is_offline
 from shared.reports import cost_report
 
 QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
+
+
+def begin(config: DictConfig) -> tuple[Path, Path | None]:
+    """The output folder and the checkpoint to go on from; seeds everything."""
+    output, checkpoint = prepare_output(config)
+    L.seed_everything(config.seed)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return output, checkpoint
+
+
+def laid_out(denoiser: nn.Module, model: DictConfig) -> nn.Module:
+    """The denoiser in the memory format, and compiled, as the settings say."""
+    if model.get("channels_last"):
+        denoiser = denoiser.to(memory_format=torch.channels_last)
+    return torch.compile(denoiser) if model.compile else denoiser
 
 
 def train(
