@@ -4,6 +4,8 @@ The method is EB-Diff-Train (Early-Bird Diffusion, arXiv 2504.09606): a dense de
 settle, and then becomes one small network per timestep region, each trained only where it is used.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lightning_earlybird.detector import EarlyBirdDetector
 from lightning_earlybird.draws import draw_uniform, draw_within
 from lightning_earlybird.ensemble import TicketEnsemble
@@ -20,6 +22,9 @@ from lightning_earlybird.sampler import TicketEnsembleSampler
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
 
+if TYPE_CHECKING:
+    from lightning_earlybird.schedulers import SpacedDDIMScheduler
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "NonFiniteWeightsError",
     "RankLostError",
     "SearchLimitError",
+    "SpacedDDIMScheduler",
     "TicketCheckpoints",
     "TicketEnsemble",
     "TicketEnsembleSampler",
@@ -47,3 +53,12 @@ __all__ = [
     "load_from_checkpoint",
     "plan_tickets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs diffusers, which ``import lightning_earlybird`` does not import."""
+    if name == "SpacedDDIMScheduler":
+        from lightning_earlybird.schedulers import SpacedDDIMScheduler
+
+        return SpacedDDIMScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
