@@ -91,7 +91,8 @@ class SampleQuality(pl.Callback):
         decode: Makes images (batch_size, C, H, W) in [-1, 1] of what is sampled, where that is latents.
         denoiser: Dotted name of the denoiser in the LightningModule; None takes that of the pruner or the detector, or
             finds it in the first training batch.
-        cache_dir: Where statistics of references are kept; None is ``~/.cache/lightning_earlybird/references``.
+        cache_dir: Where statistics of references are kept; None takes ``$LIGHTNING_EARLYBIRD_CACHE/references``, else
+            ``~/.cache/lightning-earlybird/references``.
         progress: Whether to show progress bars, where the Trainer shows any.
 
     Attributes:
@@ -354,8 +355,8 @@ class SampleQuality(pl.Callback):
         classes = self.num_classes if self.num_classes is not None else configured
         if classes is None:
             raise MisconfigurationException(
-                "class_labels='uniform', num_classes=None: the configuration of the denoiser has no num_class_embeds to take "
-                "the number of classes from. Pass num_classes=."
+                "class_labels='uniform', num_classes=None: the denoiser's configuration has no num_class_embeds, which "
+                "would tell the number of classes. Pass num_classes=."
             )
         return int(classes)
 

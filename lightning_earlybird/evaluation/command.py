@@ -1,8 +1,8 @@
 """The command line: evaluate a saved ensemble, train features, measure a reference.
 
-    python -m lightning_earlybird.evaluation ENSEMBLE --reference IMAGES [--dense MODEL] ...
-    python -m lightning_earlybird.evaluation features --data IMAGES --output FILE ...
-    python -m lightning_earlybird.evaluation reference --data IMAGES --output FILE ...
+python -m lightning_earlybird.evaluation ENSEMBLE --reference IMAGES [--dense MODEL] ...
+python -m lightning_earlybird.evaluation features --data IMAGES --output FILE ...
+python -m lightning_earlybird.evaluation reference --data IMAGES --output FILE ...
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_earlybird.evaluation.classifier import train_features
-from lightning_earlybird.evaluation.features import load_features
+from lightning_earlybird.evaluation.features import imported, load_features
 from lightning_earlybird.evaluation.reference import reference_statistics
 from lightning_earlybird.evaluation.report import Evaluation
 from lightning_earlybird.files import EnsembleFormatError
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str]) -> int:
 def _evaluation_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Evaluates a saved ensemble: FID, KID, a grid of samples, calls per region, and the time of sampling "
-        "against the dense network. `features --help` and `reference --help` describe the other commands.",
+        description="Evaluates a saved ensemble: FID, KID, a grid of samples, calls per region, and the time of "
+        "sampling against the dense network. `features --help` and `reference --help` describe the other commands.",
     )
     parser.add_argument(
         "ensemble", help="directory of an ensemble; Lightning checkpoint with tickets; or a diffusers model (dense)"
@@ -64,8 +64,11 @@ def _evaluation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--spacing", choices=("quadratic", "uniform"), default="quadratic", help="of the DDIM steps")
     parser.add_argument("--scheduler", help="directory of a diffusers scheduler, for other betas or predictions")
     parser.add_argument("--dense", help="dense weights to compare with: Lightning checkpoint or diffusers model")
+    parser.add_argument("--denoiser", help="package.module:function that builds the dense network, if not diffusers'")
     parser.add_argument("--classes", type=int, help="number of classes, for class-conditional denoisers")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--timing-images", type=int, default=16, help="batch that sampling is timed on (default: 16)")
+    parser.add_argument("--timing-repeats", type=int, default=3, help="how often; 0 leaves it out (default: 3)")
     parser.add_argument("--output", help="directory for evaluation.json and samples.png (default: ENSEMBLE-evaluation)")
     return parser
 
@@ -73,11 +76,12 @@ def _evaluation_parser() -> argparse.ArgumentParser:
 def _features_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} features",
-        description="Trains a small classifier on labelled images; --features classifier:FILE then compares by what its "
-        "last layer sees. For places without Inception's weights: its scores compare with each other only.",
+        description="Trains a small classifier on labelled images; --features classifier:FILE then compares by what "
+        "its last layer sees. For places without Inception's weights: its scores compare with each other only.",
     )
     _add_images(parser, "--data", "labelled training images: a folder or archive of classes, or CIFAR-10's own archive")
     parser.add_argument("--test", help="labelled held-out images, on which its accuracy is measured")
+    parser.add_argument("--test-split", help="part of them (default: test if they are in --data, else train)")
     parser.add_argument("--output", required=True, help="file to write (.safetensors)")
     parser.add_argument("--epochs", type=int, default=6, help="passes through the images (default: 6)")
     parser.add_argument("--width", type=int, default=32, help="a quarter of the number of features (default: 32)")
@@ -90,7 +94,7 @@ def _features_parser() -> argparse.ArgumentParser:
 def _reference_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} reference",
-        description="Measures images once; --reference FILE, and SampleQuality(reference=FILE), then need them no more.",
+        description="Measures images once; --reference FILE and SampleQuality(reference=FILE) then need them no more.",
     )
     _add_images(parser, "--data", "the images")
     _add_extractor(parser)
@@ -161,6 +165,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluation = Evaluation.prepare(
         options.ensemble,
         dense=options.dense,
+        denoiser=None if options.denoiser is None else imported("--denoiser", options.denoiser),
         scheduler=options.scheduler,
         spacing=options.spacing,
         num_inference_steps=options.steps,
@@ -184,6 +189,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_classes=options.classes,
         seed=options.seed,
+        timing_images=options.timing_images,
+        timing_repeats=options.timing_repeats,
         progress=progress,
     )
     sys.stdout.write(f"{report}\n")
@@ -194,8 +201,9 @@ def _train(options: argparse.Namespace) -> None:
     images = read_reference(options.data, options)
     held_out = None
     if options.test is not None:
-        # Of a source with parts of its own, the test part; an archive by itself has only one.
-        test = read_reference(options.test, argparse.Namespace(**{**vars(options), "split": "test"}))
+        # Where there are no parts, everything is called train.
+        split = options.test_split or ("test" if options.test == options.data else "train")
+        test = read_reference(options.test, argparse.Namespace(**{**vars(options), "split": split}))
         held_out = (test.images, test.labels)
     network = train_features(
         images.images,

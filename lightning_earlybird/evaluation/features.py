@@ -124,7 +124,9 @@ def load_features(features: Features, inception_weights: str | os.PathLike[str] 
         return FeatureExtractor(features, _label_of(features))
     if isinstance(features, str) and features.startswith("classifier:"):
         return FeatureExtractor(ClassifierFeatures.load(features.removeprefix("classifier:")), "classifier")
-    network = _imported(features)() if isinstance(features, str) else features() if callable(features) else features
+    if isinstance(features, str):
+        features = imported("features", features, "'inception', 'classifier:FILE' or ")
+    network = features() if callable(features) else features
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"features={features!r} must be 'inception', 'classifier:FILE', 'package.module:Factory', a torch module, "
@@ -174,21 +176,31 @@ def _check_weights(path: Path) -> None:
         raise ValueError(f"inception_weights={str(path)!r} is not a plain file of weights; it holds other things.")
 
 
-def _imported(features: str) -> Callable[[], Any]:
-    module_name, _, name = features.partition(":")
+def imported(argument: str, name: str, others: str = "") -> Callable[[], Any]:
+    """A function or class by its name.
+
+    Args:
+        argument: Which argument names it, for messages.
+        name: ``"package.module:Factory"``.
+        others: What else the argument may be, for messages.
+
+    Raises:
+        ValueError: If nothing of that name can be imported and called.
+    """
+    module_name, _, path = name.partition(":")
     try:
-        if not name:
-            raise ValueError("no colon")
+        if not path:
+            raise ValueError("it has no colon")
         factory: Any = importlib.import_module(module_name)
-        for part in name.split("."):
+        for part in path.split("."):
             factory = getattr(factory, part)
+        if not callable(factory):
+            raise ValueError(f"it is a {type(factory).__name__}")
     except (ValueError, ImportError, AttributeError) as error:
         raise ValueError(
-            f"features={features!r} must be 'inception', 'classifier:FILE' or 'package.module:Factory', and names "
-            f"nothing that can be imported ({error})."
+            f"{argument}={name!r} must be {others}'package.module:Factory', a function or class that can be imported "
+            f"({error})."
         ) from error
-    if not callable(factory):
-        raise ValueError(f"features={features!r} names a {type(factory).__name__}, expected a function or a class.")
     built: Callable[[], Any] = factory
     return built
 

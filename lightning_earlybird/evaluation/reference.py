@@ -19,9 +19,11 @@ from lightning_earlybird.evaluation.statistics import KID_ROWS, FeatureStatistic
 
 
 def default_cache() -> Path:
-    """Where statistics are kept if nobody says."""
+    """Where statistics are kept if nobody says; beside the decoded images of :mod:`lightning_earlybird.images`."""
+    if own := os.environ.get("LIGHTNING_EARLYBIRD_CACHE"):
+        return Path(own).expanduser() / "references"
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "lightning_earlybird" / "references"
+    return Path(root).expanduser() / "lightning-earlybird" / "references"
 
 
 def reference_statistics(
@@ -42,8 +44,9 @@ def reference_statistics(
         extractor: What the images are compared by.
         device: Where features are computed; the extractor lies there.
         batch_size: Images at once.
-        cache_dir: Where statistics are kept, under the images' fingerprint and the extractor's identity; None is
-            ``~/.cache/lightning_earlybird/references``. A directory that cannot be written to is warned about.
+        cache_dir: Where statistics are kept, under the images' fingerprint and the extractor's identity; None takes
+            ``$LIGHTNING_EARLYBIRD_CACHE/references``, else ``~/.cache/lightning-earlybird/references``. A directory
+            that cannot be written to is warned about.
         progress: Whether to show a progress bar.
         rank: This rank.
         world_size: Number of ranks.
