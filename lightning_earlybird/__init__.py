@@ -4,6 +4,7 @@ The method is EB-Diff-Train (Early-Bird Diffusion, arXiv 2504.09606): a dense de
 settle, and then becomes one small network per timestep region, each trained only where it is used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_earlybird.detector import EarlyBirdDetector
@@ -54,11 +55,12 @@ __all__ = [
     "plan_tickets",
 ]
 
+# Found when they are asked for, as they bring diffusers along, which training does not need. `SchedulerMixin` is there
+# for diffusers: it looks for the base class of a pipeline's component in the library that model_index.json names.
+_LAZY = {"SchedulerMixin": "diffusers", "SpacedDDIMScheduler": "lightning_earlybird.schedulers"}
+
 
 def __getattr__(name: str) -> Any:
-    """What needs diffusers, which ``import lightning_earlybird`` does not import."""
-    if name == "SpacedDDIMScheduler":
-        from lightning_earlybird.schedulers import SpacedDDIMScheduler
-
-        return SpacedDDIMScheduler
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -146,4 +146,7 @@ def default_scheduler(module: nn.Module | None = None) -> Any:
     found: Any = next((each for each in attributes if isinstance(each, SchedulerMixin)), None)
     if found is None:
         return SpacedDDIMScheduler()
-    return SpacedDDIMScheduler.from_config(found.config) if hasattr(found, "betas") else copy.deepcopy(found)
+    if not hasattr(found, "betas"):
+        return copy.deepcopy(found)
+    # diffusers takes arguments that were given by position for defaults, and would leave them out.
+    return SpacedDDIMScheduler.from_config({k: v for k, v in found.config.items() if k != "_use_default_values"})
