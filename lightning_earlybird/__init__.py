@@ -24,6 +24,7 @@ from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
 
 if TYPE_CHECKING:
     from lightning_earlybird.sampler import TicketEnsembleSampler
+    from lightning_earlybird.schedulers import SpacedDDIMScheduler
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "NonFiniteWeightsError",
     "RankLostError",
     "SearchLimitError",
+    "SpacedDDIMScheduler",
     "TicketCheckpoints",
     "TicketEnsemble",
     "TicketEnsembleSampler",
@@ -53,9 +55,14 @@ __all__ = [
     "plan_tickets",
 ]
 
-# Found when they are asked for, as they bring diffusers along, which training does not need. `ModelMixin` is there for
+# Found when they are asked for, as they bring diffusers along, which training does not need. The mixins are there for
 # diffusers: it looks for the base class of a pipeline's component in the library that model_index.json names.
-_LAZY = {"TicketEnsembleSampler": "lightning_earlybird.sampler", "ModelMixin": "diffusers"}
+_LAZY = {
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+    "SpacedDDIMScheduler": "lightning_earlybird.schedulers",
+    "TicketEnsembleSampler": "lightning_earlybird.sampler",
+}
 
 
 def __getattr__(name: str) -> Any:

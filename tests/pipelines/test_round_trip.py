@@ -189,8 +189,8 @@ def test_names_of_the_package_that_diffusers_asks_for():
 
     assert lightning_earlybird.ModelMixin is diffusers.ModelMixin
     assert issubclass(TicketEnsembleSampler, diffusers.ModelMixin)
-    with pytest.raises(AttributeError, match="has no attribute 'SchedulerMixin'"):
-        _ = lightning_earlybird.SchedulerMixin
+    with pytest.raises(AttributeError, match="has no attribute 'PreTrainedModel'"):
+        _ = lightning_earlybird.PreTrainedModel
 
 
 def test_caches_of_transformers_are_told_which_call_they_are_in(monkeypatch):
