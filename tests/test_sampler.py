@@ -27,7 +27,11 @@ from lightning_earlybird.structure import attribute_edits, extract, trace_plan
 from lightning_earlybird.tickets import EnsembleRecord, describe_denoiser
 
 # Raised inside diffusers' schedulers against NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    # Most tests here take fewer steps than anybody would; what is said of that is tested in test_visits.py.
+    pytest.mark.filterwarnings("ignore:.* so that the ticket trained for it is never called:UserWarning"),
+]
 
 REGIONS = [(0, 240, 0.25), (240, 440, 0.5), (440, 1000, 0.5)]
 FLAT = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
