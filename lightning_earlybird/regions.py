@@ -29,8 +29,8 @@ class TimestepRegion:
             ``max_steps`` is not a positive integer.
     """
 
-    start: float
-    stop: float
+    start: int | float
+    stop: int | float
     sparsity: float
     max_steps: int | None = None
 
@@ -54,7 +54,7 @@ class TimestepRegion:
             )
 
 
-RegionLike: TypeAlias = TimestepRegion | Sequence[float] | Mapping[str, Any]
+RegionLike: TypeAlias = Sequence[int | float | None] | Mapping[str, Any] | TimestepRegion
 """A region, a triple ``(start, stop, sparsity)`` with an optional fourth ``max_steps``, or a mapping of those names."""
 
 
@@ -287,6 +287,8 @@ def _parse_region(region: RegionLike, index: int) -> TimestepRegion:
     names = [field.name for field in fields(TimestepRegion)]
     if isinstance(region, Mapping):
         given = dict(region)
+        if set(given) == {"class_path", "init_args"} and isinstance(given["init_args"], Mapping):
+            given = dict(given["init_args"])  # as LightningCLI writes objects
     elif isinstance(region, Sequence) and not isinstance(region, (str, bytes)) and len(region) <= len(names):
         given = dict(zip(names, region, strict=False))
     else:

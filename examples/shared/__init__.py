@@ -1,1 +1,1 @@
-"""What the larger examples share."""
+"""What the examples share: settings, data, modules, and one fit from the dense denoiser to an evaluated ensemble."""

@@ -145,6 +145,11 @@ class ImageDataModule(L.LightningDataModule):
         if self.first_look is not None and (self.trainer is None or self.trainer.is_global_zero):
             look(self.train, Path(self.first_look) / "data.png")
 
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the labels that batches have; None where they have none."""
+        return len(self.train.class_names) if self.train is not None and self.labels else None
+
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.train is not None
         return self._loader(self.train, train=True)
@@ -201,6 +206,13 @@ class LatentDataModule(L.LightningDataModule):
         self.train = Latents(latents, labels if self.labels else None, *factors)
         self.class_names = tuple(json.loads(facts.get("class_names", "[]")))
         self.autoencoder = facts.get("autoencoder")
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the labels that batches have; None where they have none."""
+        if self.train is None or self.train.labels is None:
+            return None
+        return max(len(self.class_names), int(self.train.labels.max()) + 1)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.train is not None

@@ -53,7 +53,8 @@ def arrange(
     found: list[tuple[int, list[str]]] = []
     others = hidden = 0
     for position, path in enumerate(paths):
-        parts = path.removeprefix("./").split("/")
+        parts = path.removeprefix("./").lstrip("/").split("/")
+        # What systems leave behind, and paths that lead out of the archive.
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             hidden += 1
         elif posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES:

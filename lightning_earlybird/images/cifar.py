@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_earlybird.images.archives import TAR_ERRORS, broken_tar, member_bytes
+from lightning_earlybird.images.archives import TAR_ERRORS, member_bytes
 from lightning_earlybird.images.batch_pickles import read_batch
 from lightning_earlybird.images.damage import digest_of, not_the_data
 from lightning_earlybird.images.errors import ImageDataError
@@ -193,8 +193,8 @@ class CifarSource(ImageSource):
                     name = member.name.rpartition("/")[2]
                     if member.isreg() and name in wanted and name not in contents:
                         contents[name] = member_bytes(self.path, archive, member)
-        except TAR_ERRORS as error:
-            raise broken_tar(self.path, f"{error}; {self._remedy()}") from error
+        except (ImageDataError, *TAR_ERRORS) as error:
+            raise ImageDataError(f"{self.text} cannot be read to its end ({error}); {self._remedy()}") from error
         return contents
 
     def _pickled(self, name: str, content: bytes) -> tuple[NDArray[np.uint8], list[int]]:

@@ -18,8 +18,19 @@ from lightning_earlybird.images.listing import RawImage
 if TYPE_CHECKING:
     from PIL import Image
 
-# What Pillow raises for damaged files, found by mutating some; it promises OSError only.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError)
+# What Pillow raises for damaged files, found by mutating some; it promises OSError only, and warns of some damage.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    Warning,
+)
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -81,14 +92,11 @@ class Preparation:
             converted = converted or ("L" if image.mode == "L" else "")
             image = image.convert(self.channels)
         box = self._box(image.width, image.height, name)
-        size = (image.width, image.height) if self.size is None and box is None else None
-        if size is None:
-            left, top, right, bottom = box or (0, 0, image.width, image.height)
-            size = (right - left, bottom - top) if self.size is None else (self.size[1], self.size[0])
-            if size == (right - left, bottom - top):
-                image = image.crop((left, top, right, bottom))
-            else:
-                image = image.resize(size, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        if box is not None:
+            # Not resize(box=...), whose antialiasing mixes in what lies around the box.
+            image = image.crop(box)
+        if self.size is not None and self.size != (image.height, image.width):
+            image = image.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
         return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)), converted
 
