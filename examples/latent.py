@@ -18,10 +18,11 @@ def main(arguments: list[str]) -> None:
     output, checkpoint = begin(config)
     data = latent_data(config.data)
     _, channels, size, _ = data.train.samples.shape
-    # Without labels all latents are of one class.
-    classes = max(1, len(data.class_names))
+    classes = data.num_classes or 1
     transformer = build_transformer(config.model, size=size, channels=channels, num_classes=classes)
-    module = DiffusionModule(laid_out(transformer, config.model), config.diffusion, config.optimizer)
+    module = DiffusionModule(
+        laid_out(transformer, config.model), config.diffusion, config.optimizer, one_class=data.num_classes is None
+    )
     train(config, module, data, output, checkpoint)
 
 

@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_earlybird import reporting
 from lightning_earlybird.convergence import MaskWindow
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.records import TicketFacts
@@ -20,6 +19,7 @@ from lightning_earlybird.regions import TimestepRegion
 from lightning_earlybird.reporting import (
     TICKET_COLUMNS,
     distance_figure,
+    figures,
     log_figure,
     log_metrics,
     log_ticket_table,
@@ -304,7 +304,7 @@ class TestFigures:
             draw({})
 
     def test_without_matplotlib_the_error_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(reporting, "MATPLOTLIB_AVAILABLE", False)
+        monkeypatch.setattr(figures, "MATPLOTLIB_AVAILABLE", False)
         with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
             overlap_figure({0.3: settled_window()})
 

@@ -242,6 +242,13 @@ class LatentDataModule(L.LightningDataModule):
         self.class_names = tuple(json.loads(facts.get("class_names", "[]")))
         self.autoencoder = facts.get("autoencoder")
 
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the labels that batches have; None where they have none."""
+        if self.train is None or self.train.labels is None:
+            return None
+        return max(len(self.class_names), int(self.train.labels.max()) + 1)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.train is not None
         return batch_loader(self.train, self.batch_size, self.num_workers, train=True)

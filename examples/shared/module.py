@@ -22,11 +22,15 @@ class DiffusionModule(L.LightningModule):
         model: The denoiser, called as ``model(images, timesteps)``, with class labels as ``class_labels=``.
         diffusion: ``DiffusionSettings``.
         optimizer: ``OptimizerSettings``.
+        one_class: Give every image the class 0: for a transformer that must have one, on data without classes.
     """
 
-    def __init__(self, model: nn.Module, diffusion: DictConfig, optimizer: DictConfig) -> None:
+    def __init__(
+        self, model: nn.Module, diffusion: DictConfig, optimizer: DictConfig, *, one_class: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
+        self.one_class = one_class
         self.scheduler = DDPMScheduler(
             num_train_timesteps=diffusion.num_train_timesteps,
             beta_schedule=diffusion.beta_schedule,
@@ -39,6 +43,8 @@ class DiffusionModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, *labels = batch
+        if self.one_class:
+            labels = [torch.zeros(len(images), dtype=torch.long, device=images.device)]
         timesteps = self.sample_timesteps(len(images))
         noise = torch.randn_like(images)
         noisy, target = self.corrupt(images, noise, timesteps)
@@ -84,6 +90,7 @@ class FlowModule(DiffusionModule):
     def __init__(self, model: nn.Module, flow: DictConfig, optimizer: DictConfig) -> None:
         L.LightningModule.__init__(self)
         self.model = model
+        self.one_class = False
         self.settings = optimizer
         self.unit = float(flow.num_train_timesteps)
         self.density = flow.density

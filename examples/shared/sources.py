@@ -16,7 +16,7 @@ Data = TypeVar("Data", bound=L.LightningDataModule)
 
 
 def image_data(settings: DictConfig, output: Path) -> ImageDataModule:
-    """Images as ``DataSettings`` say: of ``path``, or else of the hub; what they look like goes to the output folder."""
+    """Images as ``DataSettings`` say, of ``path`` or else of the hub; a first look goes to ``output``."""
     source = settings.path or settings.hub
     if source is None:
         sys.exit(f"{_program()}: data.path=null and data.hub=null: give one of them.")
