@@ -16,6 +16,7 @@ from lightning_earlybird.parallel.plan import TicketLoad, TicketPlan, plan_ticke
 from lightning_earlybird.parallel.turn_check import TimestepsOutsideError
 from lightning_earlybird.pruner import SearchLimitError, TimestepAwarePruner
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
+from lightning_earlybird.sample_logger import SampleLogger
 from lightning_earlybird.sampler import TicketEnsembleSampler
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
@@ -29,6 +30,7 @@ __all__ = [
     "MultiTicketStrategy",
     "NonFiniteWeightsError",
     "RankLostError",
+    "SampleLogger",
     "SearchLimitError",
     "TicketCheckpoints",
     "TicketEnsemble",
