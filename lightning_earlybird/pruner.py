@@ -197,6 +197,7 @@ class TimestepAwarePruner(Continuing):
         self._initial: dict[str, Tensor] | None = None
         self._seen: FoundDenoiser | None = None
         self._losses = LossReport()
+        # The denoiser, or what has taken its place: name, timesteps, regions; None until it is known.
         self._watched: tuple[str, TimestepArgument, TimestepPartition] | None = None
         self._unfollow: Callable[[], None] | None = None
         self._clock: StepClock | None = None
@@ -276,6 +277,9 @@ class TimestepAwarePruner(Continuing):
         # stopping of that step then still see the dense denoiser, whose scores they hold.
         if self._clock is not None:
             self._clock.batch_begins()
+        found = self.detector.found if self.detector is not None else None
+        if found is not None and self._partition is not None:
+            self._watched = found.call.name, found.call.timesteps, self._partition
         self._consider_switch(trainer, pl_module)
         if self._watched is not None:
             self._losses.batch_begins(trainer, pl_module, *self._watched, apart=_apart(trainer) is not None)
@@ -438,7 +442,7 @@ class TimestepAwarePruner(Continuing):
         self._initial = self._seen = None
         self.facts = ensemble.record.facts
         self.switched_at = trainer.global_step
-        self._losses.switch()
+        self._losses.switch(partition)
         written = write_at_switch(trainer, ensemble, self.directory / "switch")
         rank_zero_info(
             f"TimestepAwarePruner: the denoiser has become {len(partition)} tickets at step {self.switched_at}.\n"
@@ -455,7 +459,6 @@ class TimestepAwarePruner(Continuing):
         if found is None or self._partition is None or self._seen is found:
             return
         self._seen = found
-        self._watched = found.call.name, found.call.timesteps, self._partition
         try:
             self._partition.lookup(found.call.seen)
         except ValueError as error:

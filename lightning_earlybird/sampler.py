@@ -292,7 +292,8 @@ class TicketEnsembleSampler(StandIn):
             **model_kwargs: Passed to the tickets; tensors with one row per image are split into the same batches.
 
         Returns:
-            Images, shape (num_images, C, H, W), values in [-1, 1] unless ``clip=False``, in the tickets' dtype and on their device.
+            Images, shape (num_images, C, H, W), values in [-1, 1] unless ``clip=False``, in the tickets' dtype and on
+            their device.
 
         Raises:
             TypeError: If the scheduler has no ``set_timesteps`` or ``step``, or the tickets return no tensor.

@@ -45,9 +45,11 @@ class LossReport:
         self._switch = SwitchLoss()
         self._by_ticket: dict[int, SwitchLoss] = {}  # where tickets train apart
 
-    def switch(self) -> None:
-        """The denoiser has just been replaced."""
+    def switch(self, partition: TimestepPartition) -> None:
+        """The denoiser has just been replaced by tickets for these regions."""
         self._switch.switch()
+        if self._saved is not None:
+            self._take_up(partition)
         if self.regions is not None:
             self.regions.switch()
 
@@ -79,10 +81,7 @@ class LossReport:
         if not trainer.loggers or not every:
             return
         if self.regions is None:
-            self.regions = RegionLosses(partition)
-            if self._saved is not None:
-                self.regions.load_state_dict(self._saved)
-                self._saved = None
+            self._take_up(partition)
         # In a module that is compiled as a whole a hook would be compiled, too.
         if self._tells and not apart and trainer.is_global_zero and module._compiler_ctx is None:
             self._batch = WatchedBatch()
@@ -170,7 +169,9 @@ class LossReport:
         }
         if self.regions is not None:
             # What is due is logged at the end of this batch, and not again by a fit that is resumed.
-            state["region_losses"] = self.regions.state_dict(taken=self._due)
+            state["region_losses"] = {"tells": self._tells, **self.regions.state_dict(taken=self._due)}
+        elif self._saved is not None:
+            state["region_losses"] = self._saved
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,6 +190,14 @@ class LossReport:
         self._saved = taken({"region_losses": None, **state}, "region_losses", dict, type(None))
 
     # --- small change
+
+    def _take_up(self, partition: TimestepPartition) -> None:
+        """Begin to collect, where the fit is a resumed one with what its checkpoint held."""
+        self.regions = RegionLosses(partition)
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            self._tells = bool(saved["tells"])
+            self.regions.load_state_dict(saved)
 
     def _stop_watching(self) -> None:
         if self._unwatch is not None:

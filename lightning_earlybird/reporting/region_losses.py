@@ -28,7 +28,8 @@ from lightning_earlybird.ensemble import TimestepArgument
 from lightning_earlybird.regions import TimestepPartition
 
 TOLERANCE = 1e-3
-"""Largest relative difference between the mean of the derived losses and what ``training_step`` returned."""
+"""Largest relative difference between the mean of the derived losses and what ``training_step`` returned; more in half
+precision."""
 
 
 class NotDerivableError(Exception):
@@ -43,14 +44,17 @@ class WatchedCall:
         timesteps: Shape (rows,), as they came in.
         numbers: Numbers in the output for one sample.
         squares: Squared norm of the gradient of each sample's output, shape (rows,); None before the backward pass.
+        precision: Relative spacing of the gradient's numbers.
     """
 
     timesteps: Tensor
     numbers: int
     squares: Tensor | None = None
+    precision: float = 0.0
 
     def take(self, gradient: Tensor) -> None:
         """Keep of a gradient what is needed; to be called by autograd. The gradient is left as it is."""
+        self.precision = torch.finfo(gradient.dtype).eps
         self.squares = gradient.detach().float().reshape(len(self.timesteps), -1).square().sum(1)
 
 
@@ -91,8 +95,9 @@ class WatchedBatch:
         returned, mean = float(self.loss) / scale, float(found.mean())
         if not (math.isfinite(returned) and math.isfinite(mean)):
             return None
-        # A loss in half precision is no more exact than that.
-        if abs(mean - returned) > max(TOLERANCE, 2 * torch.finfo(self.loss.dtype).eps) * abs(returned):
+        # In half precision neither is more exact than that.
+        exact = max(2 * torch.finfo(self.loss.dtype).eps, *(call.precision for call in calls))
+        if abs(mean - returned) > max(TOLERANCE, exact) * abs(returned):
             raise NotDerivableError(f"{returned:.4g} was returned, {mean:.4g} is the mean squared error")
         return torch.cat([call.timesteps.cpu() for call in calls]), found
 
