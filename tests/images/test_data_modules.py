@@ -239,7 +239,7 @@ def test_latents_are_scaled_by_the_factors_of_their_file(tmp_path: Path) -> None
     assert all(
         by_latent[s.numpy().tobytes()] == label for batch in module.batches for s, label in zip(*batch, strict=True)
     )
-    assert (data.class_names, data.autoencoder) == (("a", "b"), "some/vae")
+    assert (data.class_names, data.autoencoder) == (("a", "b"), ("some/vae", None))
 
 
 def test_latents_of_several_files_are_one_data_set(tmp_path: Path) -> None:
