@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,11 @@ def read_batch(data: bytes, name: str) -> dict[str, Any]:
         ) from error
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
+    """Python's own reader in Python: that in C takes as much memory for its memo as a pickle asks for."""
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         stand_in = _STAND_INS.get((module.replace("numpy._core", "numpy.core"), name))
         if stand_in is None:
@@ -52,6 +57,16 @@ class _Reader(pickle.Unpickler):
                 "run code. Download the archive from its authors."
             )
         return stand_in
+
+    def load_build(self) -> None:
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        instance = self.stack[-1]  # type: ignore[attr-defined]
+        # Of anything else, such as a stand-in itself, it would set attributes.
+        if not isinstance(instance, _Array | _Kind):
+            raise ImageDataError("its pickle sets the state of something that is no array.")
+        instance.__setstate__(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Array:

@@ -11,10 +11,15 @@ import lightning as L
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from modules import quiet_trainer
+from resuming import Natural
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lightning_earlybird import EarlyBirdDetector
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -125,6 +130,29 @@ def test_training_images_are_flipped_at_random_and_a_resumed_generator_flips_the
     assert rows(runs[1].validated) == held_out
 
 
+def test_a_resumed_fit_has_the_same_order_and_flips(tmp_path: Path) -> None:
+    """To the last bit, as `docs/reliability.md` promises of what is drawn in the main process."""
+    from shared.data import ImageDataModule
+
+    path = str(files.write_cifar10_binary(tmp_path / "cifar-10-binary.tar.gz", 8))
+
+    def trained(seed: int, flips: bool = True, checkpoint: Path | None = None) -> dict[str, Tensor]:
+        module = Natural("cosine")
+        L.seed_everything(seed, verbose=False)
+        data = ImageDataModule(path, size=4, channels="L", batch_size=8, flips=flips, validation_split="test")
+        keeper = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
+        detector = EarlyBirdDetector(sparsities=[0.5])
+        trainer = quiet_trainer(detector, keeper, max_epochs=3, enable_checkpointing=True)
+        trainer.fit(module, data, ckpt_path=checkpoint)
+        return module.state_dict()
+
+    whole = trained(1)
+    resumed = trained(99, checkpoint=tmp_path / "checkpoints" / "epoch=0.ckpt")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+    unflipped = trained(1, flips=False)
+    assert not all(torch.equal(tensor, whole[name]) for name, tensor in unflipped.items())
+
+
 def test_half_precision_gets_images_of_half_precision(tmp_path: Path) -> None:
     from shared.data import ImageDataModule
 
@@ -211,7 +239,7 @@ def test_latents_are_scaled_by_the_factors_of_their_file(tmp_path: Path) -> None
     assert all(
         by_latent[s.numpy().tobytes()] == label for batch in module.batches for s, label in zip(*batch, strict=True)
     )
-    assert (data.class_names, data.autoencoder) == (("a", "b"), "some/vae")
+    assert (data.class_names, data.autoencoder) == (("a", "b"), ("some/vae", None))
 
 
 def test_latents_of_several_files_are_one_data_set(tmp_path: Path) -> None:
