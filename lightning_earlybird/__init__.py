@@ -19,11 +19,12 @@ from lightning_earlybird.parallel.plan import TicketLoad, TicketPlan, plan_ticke
 from lightning_earlybird.parallel.turn_check import TimestepsOutsideError
 from lightning_earlybird.pruner import SearchLimitError, TimestepAwarePruner
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
-from lightning_earlybird.sampler import TicketEnsembleSampler
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
 
 if TYPE_CHECKING:
+    from lightning_earlybird.sample_logger import SampleLogger
+    from lightning_earlybird.sampler import TicketEnsembleSampler
     from lightning_earlybird.schedulers import SpacedDDIMScheduler
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "MultiTicketStrategy",
     "NonFiniteWeightsError",
     "RankLostError",
+    "SampleLogger",
     "SearchLimitError",
     "SpacedDDIMScheduler",
     "TicketCheckpoints",
@@ -55,9 +57,15 @@ __all__ = [
     "plan_tickets",
 ]
 
-# Found when they are asked for, as they bring diffusers along, which training does not need. `SchedulerMixin` is there
-# for diffusers: it looks for the base class of a pipeline's component in the library that model_index.json names.
-_LAZY = {"SchedulerMixin": "diffusers", "SpacedDDIMScheduler": "lightning_earlybird.schedulers"}
+# Found when they are asked for, as they bring diffusers along, which training does not need. The mixins are there for
+# diffusers: it looks for the base class of a pipeline's component in the library that model_index.json names.
+_LAZY = {
+    "ModelMixin": "diffusers",
+    "SampleLogger": "lightning_earlybird.sample_logger",
+    "SchedulerMixin": "diffusers",
+    "SpacedDDIMScheduler": "lightning_earlybird.schedulers",
+    "TicketEnsembleSampler": "lightning_earlybird.sampler",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """One fit from the dense denoiser to an evaluated ensemble, as all examples run it."""
 
+import sys
 import time
 import uuid
 import warnings
@@ -10,14 +11,16 @@ import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, TimestepPartition
+from lightning_earlybird.evaluation import SampleQuality
 from lightning_earlybird.reporting import ticket_table
 from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
 from shared.outputs import prepare_output, wandb_is_offline
-from shared.reports import cost_report
+from shared.reports import cost_report, score_table
 
 QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
 
@@ -44,8 +47,7 @@ def train(
     data: L.LightningDataModule,
     output: Path,
     checkpoint: Path | None,
-    *,
-    extras: list[Callback] = (),
+    sampling: list[Callback],
 ) -> L.Trainer:
     """Fits, prints what came out, and leaves it in the output folder.
 
@@ -55,7 +57,7 @@ def train(
         data: Training data.
         output: The output folder.
         checkpoint: To go on from, or None.
-        extras: Further callbacks, which stand after the pruner.
+        sampling: Callbacks that sample, which stand after the pruner.
 
     Returns:
         The Trainer after the fit.
@@ -79,20 +81,25 @@ def train(
             keeper,
             *watchers,
             pruner,
-            *extras,
+            *sampling,
             logs,
             PhaseBar(pruner),
             build_checkpoints(config, output),
         ],
         enable_model_summary=False,
     )
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except MisconfigurationException as error:  # what the callbacks say of arguments, features and references
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     if trainer.is_global_zero and pruner.facts:
         for logger in loggers:
             logger.finalize("success")
         wandb.finish()
         print(f"\n{ticket_table(pruner.facts)}\n")
         print(cost_report(pruner, trainer, config.data.batch_size, keeper.search_s, keeper.total_s))
+        for quality in (each for each in sampling if isinstance(each, SampleQuality) and each.results):
+            print(f"\n{score_table(quality.results)}")
         print(f"\nWritten to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
         print(f"Took {time.perf_counter() - started:.0f} s.")
     return trainer

@@ -42,7 +42,8 @@ from lightning_earlybird.pruner import TimestepAwarePruner
 from lightning_earlybird.reporting import log_metrics
 from lightning_earlybird.resume import begins_anew
 from lightning_earlybird.resume.random_states import capture_random_states, restore_random_states
-from lightning_earlybird.sampler import TicketEnsembleSampler, evaluating
+from lightning_earlybird.sampler import TicketEnsembleSampler
+from lightning_earlybird.sampling import evaluating
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.writing import is_rehearsal
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_earlybird.arguments import check_positive
 from lightning_earlybird.durable import file_written_aside
-from lightning_earlybird.sampler import evaluating
+from lightning_earlybird.sampling import evaluating
 
 FORMAT = "lightning-earlybird features"
 FORMAT_VERSION = 1

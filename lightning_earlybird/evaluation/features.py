@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_earlybird.evaluation.classifier import ClassifierFeatures
-from lightning_earlybird.sampler import evaluating
+from lightning_earlybird.sampling import evaluating
 
 Features: TypeAlias = str | nn.Module | Callable[[], nn.Module]
 """``"inception"``, ``"classifier:PATH"``, ``"package.module:Factory"``, a network, or a function that builds one."""
