@@ -1,6 +1,5 @@
 """One fit from the dense denoiser to an evaluated ensemble, as all examples run it."""
 
-import sys
 import time
 import uuid
 import warnings
@@ -11,7 +10,6 @@ import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -19,7 +17,7 @@ from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, Timestep
 from lightning_earlybird.evaluation import SampleQuality
 from lightning_earlybird.reporting import ticket_table
 from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
-from shared.outputs import prepare_output, wandb_is_offline
+from shared.outputs import mistakes_told, prepare_output, wandb_is_offline
 from shared.reports import cost_report, score_table
 
 QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
@@ -27,6 +25,8 @@ QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint direct
 
 def begin(config: DictConfig) -> tuple[Path, Path | None]:
     """The output folder and the checkpoint to go on from; seeds everything."""
+    with mistakes_told():
+        build_pruning(config, Path(config.output))  # wrong regions show before data are read
     output, checkpoint = prepare_output(config)
     L.seed_everything(config.seed)
     if config.threads is not None:
@@ -65,12 +65,7 @@ def train(
     warnings.filterwarnings("ignore", message=QUIET)
     started = time.perf_counter()
     average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
-    pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
-    # Without sparsity (the dense baseline) there is nothing to detect; the pruner then brings what it needs.
-    # (So it is with tickets that were saved earlier.)
-    regions = config.pruner.regions
-    sparsities = [] if isinstance(regions, str) else [s for s in TimestepPartition.of(regions).sparsities if s > 0]
-    watchers = [EarlyBirdDetector(sparsities, **config.detector)] if sparsities else []
+    watchers, pruner = build_pruning(config, output)
     keeper = DenseKeeper(average, pruner, output / "dense")
     loggers, logs = build_loggers(config, output, checkpoint)
     trainer = L.Trainer(
@@ -88,10 +83,8 @@ def train(
         ],
         enable_model_summary=False,
     )
-    try:
+    with mistakes_told():
         trainer.fit(module, data, ckpt_path=checkpoint)
-    except MisconfigurationException as error:  # what the callbacks say of arguments, features and references
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     if trainer.is_global_zero and pruner.facts:
         for logger in loggers:
             logger.finalize("success")
@@ -103,6 +96,18 @@ def train(
         print(f"\nWritten to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
         print(f"Took {time.perf_counter() - started:.0f} s.")
     return trainer
+
+
+def build_pruning(config: DictConfig, output: Path) -> tuple[list[EarlyBirdDetector], TimestepAwarePruner]:
+    """The two callbacks that all this is about.
+
+    Without sparsity (the dense baseline), and with tickets that were saved earlier, there is nothing to detect; the
+    pruner then brings what it needs.
+    """
+    pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
+    regions = config.pruner.regions
+    sparsities = [] if isinstance(regions, str) else [s for s in TimestepPartition.of(regions).sparsities if s > 0]
+    return [EarlyBirdDetector(sparsities, **config.detector)] if sparsities else [], pruner
 
 
 def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> tuple[list[Logger], LogKeeper]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -124,10 +125,15 @@ def test_a_transformer_trains_on_latents_that_were_encoded_before(tmp_path: Path
 
 def test_mistakes_end_with_one_sentence_before_anything_is_made(tmp_path: Path) -> None:
     write_image_folder(tmp_path / "images")
-    for arguments, message in (
+    mistakes = [
         (["data.path=nowhere.zip"], "nowhere.zip"),
+        (["data.path=images", "pruner.regions=[[0,240,0.3],[300,1000,0.8]]"], "leave a gap: set start=240"),
         (["data.path=images", "data.batch_size=512"], "batch_size=512 is larger than the 6 samples"),
-    ):
+    ]
+    if find_spec("torch_fidelity") is None:
+        inception = ["data.path=images", "data.batch_size=2", "evaluation.features=inception"]
+        mistakes.append((inception, "needs the package torch-fidelity"))
+    for arguments, message in mistakes:
         run = run_example(tmp_path, "cifar10.py", *TINY, *arguments, expected=1)
         assert message in run.stderr
         assert "Traceback" not in run.stderr
