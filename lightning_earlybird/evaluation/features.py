@@ -155,9 +155,10 @@ def _inception(weights: str | os.PathLike[str] | None) -> nn.Module:
             f"features='inception': the weights could not be fetched ({error}). Fetch them where there is a network "
             f"and give their file, inception_weights=PATH; or {OTHERS}."
         ) from error
-    except RuntimeError as error:  # of load_state_dict
+    except RuntimeError as error:  # of load_state_dict, which lists hundreds of names
+        found = " ".join(str(error).split())
         raise ValueError(
-            f"inception_weights={str(weights)!r} does not hold the weights of torch-fidelity's Inception: {error}"
+            f"inception_weights={str(weights)!r} does not hold the weights of torch-fidelity's Inception: {found[:200]}"
         ) from error
 
 
