@@ -23,6 +23,7 @@ from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.tickets import EnsembleFormatError, TicketFacts
 
 if TYPE_CHECKING:
+    from lightning_earlybird.sample_logger import SampleLogger
     from lightning_earlybird.sampler import TicketEnsembleSampler
     from lightning_earlybird.schedulers import SpacedDDIMScheduler
 
@@ -35,6 +36,7 @@ __all__ = [
     "MultiTicketStrategy",
     "NonFiniteWeightsError",
     "RankLostError",
+    "SampleLogger",
     "SearchLimitError",
     "SpacedDDIMScheduler",
     "TicketCheckpoints",
@@ -59,6 +61,7 @@ __all__ = [
 # diffusers: it looks for the base class of a pipeline's component in the library that model_index.json names.
 _LAZY = {
     "ModelMixin": "diffusers",
+    "SampleLogger": "lightning_earlybird.sample_logger",
     "SchedulerMixin": "diffusers",
     "SpacedDDIMScheduler": "lightning_earlybird.schedulers",
     "TicketEnsembleSampler": "lightning_earlybird.sampler",

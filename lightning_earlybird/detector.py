@@ -34,7 +34,7 @@ from lightning_earlybird.importance import Criterion, NonFiniteGradientsError, c
 from lightning_earlybird.masks import TicketMask
 from lightning_earlybird.probe import DenoiserCall, DenoiserProbe, check_name
 from lightning_earlybird.regions import TimestepPartition, TimestepRegion
-from lightning_earlybird.reporting import log_metrics, log_ticket_table, ticket_metrics, ticket_table
+from lightning_earlybird.reporting import SearchFigures, describe_run, log_metrics, report_switch, ticket_table
 from lightning_earlybird.resume import Continuing, begins_anew
 from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
@@ -97,6 +97,7 @@ class EarlyBirdDetector(Continuing):
 
     Attributes:
         found: The denoiser with its channel plan; None before the first batch and once the denoiser has been replaced.
+        figures: Draws the search now and then.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -180,7 +181,7 @@ class EarlyBirdDetector(Continuing):
         self._fitting = True
         self._missed: set[float] = set()  # sparsities that cannot be met, as has been said
         self._unsound = 0  # checks in a row that have failed for their gradients
-        self._namespace = "earlybird"  # what names of metrics begin with
+        self.figures = SearchFigures()
         self._unfollow: Callable[[], None] | None = None
         self._saved_call: dict[str, Any] | None = None  # of a checkpoint
 
@@ -294,10 +295,13 @@ class EarlyBirdDetector(Continuing):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._namespace = self._own_namespace(trainer)
+        self.figures.namespace = self._own_namespace(trainer)
         if self._denoiser is not None:  # not in `setup`, which comes before the module's own and `configure_model`
             check_name(pl_module, self._denoiser)
         check_supported(trainer, pl_module, None if self._finished else self._denoiser)
+        search = ("sparsities", "window", "threshold", "every_n_epochs", "every_n_train_steps")
+        own = {name: getattr(self, name) for name in (*search, "score_batches", "score_threshold")} | self._settings
+        describe_run(trainer, own, namespace=self.figures.namespace)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -306,6 +310,7 @@ class EarlyBirdDetector(Continuing):
         present = find_ensemble(pl_module)
         if present is not None:
             check_trained(trainer, *present)
+        self.figures.begin()
         call, self._saved_call = self._saved_call, None
         if call is not None and self.found is None and not self._finished:
             self._find(trainer, pl_module, DenoiserCall.read(self, call, pl_module.device))
@@ -412,7 +417,8 @@ class EarlyBirdDetector(Continuing):
             name = short_name(key)
             if check.distance is not None:
                 # The same on every rank; synchronised all the same, or Lightning warns that it may not be.
-                shown = f"distance/{name}" if self._namespace == "earlybird" else f"{self._namespace}/distance/{name}"
+                namespace = self.figures.namespace
+                shown = f"distance/{name}" if namespace == "earlybird" else f"{namespace}/distance/{name}"
                 pl_module.log(shown, check.distance, prog_bar=True, logger=False, sync_dist=True)
             # Every rank scores the same weights, yet a switch on one rank only would hang the others: they vote.
             converged = trainer.strategy.reduce_boolean_decision(check.converged, all=True)
@@ -421,6 +427,7 @@ class EarlyBirdDetector(Continuing):
                 metrics[f"earlybird/emerged/{name}"] = step
                 self._announce(key, check)
         self._log(trainer, metrics)
+        self.figures.consider(trainer, self.windows, self.threshold)
         if self._search.done and self.on_emergence == "stop":
             rank_zero_info("EarlyBirdDetector: every ticket has emerged; training stops.")
             trainer.should_stop = True
@@ -629,7 +636,8 @@ class EarlyBirdDetector(Continuing):
         return next(f"{name}{end}" for end in ("", *(f"_{n}" for n in range(2, 99))) if f"{name}{end}" not in taken)
 
     def _log(self, trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> None:
-        log_metrics(trainer, {name.replace("earlybird", self._namespace, 1): value for name, value in metrics.items()})
+        begins = self.figures.namespace
+        log_metrics(trainer, {name.replace("earlybird", begins, 1): value for name, value in metrics.items()})
 
     def _stop_probe(self) -> None:
         if self._probe is not None:
@@ -660,8 +668,8 @@ class EarlyBirdDetector(Continuing):
             f"EarlyBirdDetector: the denoiser has become a ticket at step {trainer.global_step}.\n"
             f"{ticket_table(ensemble.record.facts)}"
         )
-        log_ticket_table(trainer, "earlybird/tickets", ensemble.record.facts)
-        log_metrics(trainer, {"earlybird/switch_step": trainer.global_step, **ticket_metrics(ensemble.record.facts)})
+        self.figures.draw(trainer, self.windows, self.threshold)
+        report_switch(trainer, ensemble.record, trainer.global_step)
 
     def _announce(self, key: SearchKey, check: MaskCheck) -> None:
         inertia = ""

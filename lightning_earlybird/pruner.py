@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -34,19 +33,19 @@ from lightning_earlybird.checkpointing import follow_checkpoints, save_structure
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import FoundDenoiser, convert, find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
-from lightning_earlybird.ensemble import TicketEnsemble
+from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.parallel.fit_files import refuse_directories
 from lightning_earlybird.parallel.timing import PassSeconds, StepClock, pass_seconds
 from lightning_earlybird.probe import DenoiserCall, check_name
 from lightning_earlybird.regions import RegionLike, TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import (
-    MATPLOTLIB_AVAILABLE,
-    distance_figure,
-    log_figure,
-    log_metrics,
-    log_ticket_table,
-    overlap_figure,
-    ticket_metrics,
+    LossReport,
+    cost_of_dense,
+    define_metrics,
+    describe_run,
+    log_tickets,
+    report_end,
+    report_switch,
     ticket_table,
 )
 from lightning_earlybird.resume import Continuing, begins_anew
@@ -54,7 +53,6 @@ from lightning_earlybird.saved_tickets import take_saved_tickets
 from lightning_earlybird.search import SearchKey, describe, short_name
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.structure import Norm
-from lightning_earlybird.switch_loss import SwitchLoss
 from lightning_earlybird.tickets import TicketFacts, saved_partition
 from lightning_earlybird.transition import averaged_modules, check_supported, check_trained
 from lightning_earlybird.writing import check_directory, is_rehearsal, write_at_end, write_at_switch
@@ -101,7 +99,9 @@ class TimestepAwarePruner(Continuing):
             they were; ``"whole"`` removes whole heads where the module can be told how many are left.
         norm: What becomes of a GroupNorm that loses channels: ``"shrink"`` regroups those that stay evenly, in at most
             as many groups as before; ``"exact"`` normalises each with what is left of its own group.
-        dirpath: Where tickets are written; None means ``tickets`` beside the first logger's files, or a new
+        log_tickets: Whether the tickets, at the switch and trained, become versions of an artifact of a W&B run.
+            ``"auto"`` leaves out what is larger than 2 GiB.
+        dirpath: Where tickets and figures are written; None means ``tickets`` beside the first logger's files, or a new
             ``earlybird/version_N`` in the Trainer's ``default_root_dir`` without a logger.
 
     Attributes:
@@ -142,12 +142,14 @@ class TimestepAwarePruner(Continuing):
         heads: Heads = "equal",
         norm: Norm = "shrink",
         dirpath: str | os.PathLike[str] | None = None,
+        log_tickets: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         check_positive(max_search_steps=max_search_steps, round_to=round_to)
         check_choice("on_search_limit", on_search_limit, ("prune", "raise"))
         check_choice("rewind", rewind, (None, "init"))
         check_choice("norm", norm, get_args(Norm))
+        check_choice("log_tickets", log_tickets, (True, False, "auto"))
         self._allocation = Allocation(target, scope, round_to, min_width, heads)
         # Exactly one of the two: regions to search tickets for, or the tickets themselves.
         self._saved: Path | None = None
@@ -185,6 +187,7 @@ class TimestepAwarePruner(Continuing):
         self.heads = heads
         self.norm: Norm = norm
         self.dirpath = dirpath
+        self.log_tickets = log_tickets
 
         self.detector: EarlyBirdDetector | None = None
         self.facts: tuple[TicketFacts, ...] = ()
@@ -193,8 +196,9 @@ class TimestepAwarePruner(Continuing):
         self._saved_settings: dict[str, Any] = {}
         self._initial: dict[str, Tensor] | None = None
         self._seen: FoundDenoiser | None = None
-        self._loss = SwitchLoss()
-        self._losses: dict[int, SwitchLoss] = {}  # by ticket, where tickets train apart
+        self._losses = LossReport()
+        # The denoiser, or what has taken its place: name, timesteps, regions; None until it is known.
+        self._watched: tuple[str, TimestepArgument, TimestepPartition] | None = None
         self._unfollow: Callable[[], None] | None = None
         self._clock: StepClock | None = None
         self._ended = False
@@ -219,8 +223,9 @@ class TimestepAwarePruner(Continuing):
         write_whole_checkpoints(trainer)
         gone = self.switched_at is not None and find_ensemble(pl_module) is None  # tickets of an earlier module
         if begins_anew(trainer, pl_module, self) or gone:
-            self.facts, self.switched_at, self._initial, self._loss = (), None, None, SwitchLoss()
-            self._saved_settings, self._losses = {}, {}
+            self.facts, self.switched_at, self._initial, self._losses = (), None, None, LossReport()
+            self._saved_settings = {}
+        self._watched = None
         if self._partition is not None:
             self._take_detector(trainer, pl_module, self._partition)
             together = not isinstance(trainer.strategy, MultiTicketStrategy)
@@ -233,6 +238,8 @@ class TimestepAwarePruner(Continuing):
         directory = Path(self.dirpath) if self.dirpath is not None else _default_directory(trainer)
         self.directory = Path(trainer.strategy.broadcast(str(directory)))
         check_directory(trainer, self.directory)
+        if self.detector is not None:
+            self.detector.figures.folder = None if is_rehearsal(trainer) else self.directory
         if isinstance(trainer.strategy, MultiTicketStrategy):
             trainer.strategy.note_directory(self.directory)
 
@@ -244,6 +251,7 @@ class TimestepAwarePruner(Continuing):
         check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
         self._clock, self._ended = None, False
+        self._describe(trainer)
         if isinstance(trainer.strategy, MultiTicketStrategy):
             self._clock = StepClock(trainer.strategy.root_device)
             assert self.directory is not None
@@ -269,11 +277,17 @@ class TimestepAwarePruner(Continuing):
         # stopping of that step then still see the dense denoiser, whose scores they hold.
         if self._clock is not None:
             self._clock.batch_begins()
+        found = self.detector.found if self.detector is not None else None
+        if found is not None and self._partition is not None:
+            self._watched = found.call.name, found.call.timesteps, self._partition
         self._consider_switch(trainer, pl_module)
+        if self._watched is not None:
+            self._losses.batch_begins(trainer, pl_module, *self._watched, apart=_apart(trainer) is not None)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._look_at_first_step(pl_module)
+        self._losses.backward_begins(trainer, pl_module, loss)
         if self._clock is not None:
             self._clock.backward_begins()
 
@@ -281,6 +295,7 @@ class TimestepAwarePruner(Continuing):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._clock is not None:
             self._clock.backward_ends()
+        self._losses.backward_ended(trainer, pl_module, apart=_apart(trainer))
 
     @override
     def on_before_optimizer_step(
@@ -293,14 +308,12 @@ class TimestepAwarePruner(Continuing):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._look_at_first_step(pl_module)
-        for prefix, loss, output in self._switch_losses(trainer, outputs):
-            log_metrics(trainer, {prefix + name: value for name, value in loss.add(output).items()})
+        self._losses.batch_ended(trainer, pl_module, outputs, apart=_apart(trainer))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ended = True
-        for prefix, loss, _ in self._switch_losses(trainer, None):
-            log_metrics(trainer, {prefix + name: value for name, value in loss.end().items()})
+        self._losses.end(trainer, apart=_apart(trainer))
         if isinstance(trainer.strategy, MultiTicketStrategy) and trainer.strategy.is_split:
             return  # the strategy calls when every rank has all tickets
         if find_ensemble(pl_module) is not None:
@@ -343,11 +356,13 @@ class TimestepAwarePruner(Continuing):
         if isinstance(trainer.strategy, MultiTicketStrategy):
             trainer.strategy.report(exception)
         super().on_exception(trainer, pl_module, exception)
+        self._losses.leave()
         self._leave_checkpoints()  # Lightning does not tear down after an exception
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        self._losses.leave()
         self._leave_checkpoints()
 
     # --- the search and its end
@@ -427,19 +442,15 @@ class TimestepAwarePruner(Continuing):
         self._initial = self._seen = None
         self.facts = ensemble.record.facts
         self.switched_at = trainer.global_step
-        self._loss.switch()
-        write_at_switch(trainer, ensemble, self.directory / "switch")
+        self._losses.switch(partition)
+        written = write_at_switch(trainer, ensemble, self.directory / "switch")
         rank_zero_info(
             f"TimestepAwarePruner: the denoiser has become {len(partition)} tickets at step {self.switched_at}.\n"
             f"{ticket_table(self.facts)}"
         )
-        log_ticket_table(trainer, "earlybird/tickets", self.facts)
-        if MATPLOTLIB_AVAILABLE:
-            distances = distance_figure(detector.windows, detector.threshold)
-            folder = None if is_rehearsal(trainer) else self.directory
-            log_figure(trainer, "earlybird/mask_distance", distances, folder=folder)
-            log_figure(trainer, "earlybird/mask_overlap", overlap_figure(detector.windows), folder=folder)
-        log_metrics(trainer, {"earlybird/switch_step": self.switched_at, **ticket_metrics(self.facts)})
+        detector.figures.draw(trainer, detector.windows, detector.threshold)
+        report_switch(trainer, ensemble.record, self.switched_at, folder=detector.figures.folder)
+        self._log_tickets(trainer, self.directory / "switch" if written else None, "switch")
         self._split(trainer, pl_module, self._step_seconds(trainer, ensemble, found.call, besides_s))
 
     def _look_at_first_step(self, pl_module: pl.LightningModule) -> None:
@@ -469,16 +480,6 @@ class TimestepAwarePruner(Continuing):
                     f"{pl_module.global_step} are taken for them. Use the pruner from the start of the training."
                 )
             self._initial = {key: value.detach().to("cpu", copy=True) for key, value in network.state_dict().items()}
-
-    def _switch_losses(self, trainer: pl.Trainer, outputs: Any) -> list[tuple[str, SwitchLoss, Any]]:
-        """Prefix of names, collector, output of ``training_step``: for each ticket, where they train apart."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, MultiTicketStrategy) or not strategy.is_split:
-            return [("", self._loss, outputs)]
-        return [
-            (f"ticket_{ticket}/", self._losses.setdefault(ticket, copy.deepcopy(self._loss)), output)
-            for ticket, output in strategy.turn_outputs.items()
-        ]
 
     def _split(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step_seconds: Sequence[float] | None) -> None:
         """Under MultiTicketStrategy: from here on ranks train different tickets."""
@@ -533,7 +534,39 @@ class TimestepAwarePruner(Continuing):
     def _write_ensemble(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = find_ensemble((averaged_modules(trainer) or [pl_module])[0])
         assert found is not None and self.directory is not None
-        write_at_end(trainer, found[1], self.directory / "ensemble")
+        written = write_at_end(trainer, found[1], self.directory / "ensemble")
+        self._log_tickets(trainer, written, "final")
+        report_end(trainer, {"cost_of_dense": self._cost_of_dense(trainer)})
+
+    # --- what loggers are told besides
+
+    def _describe(self, trainer: pl.Trainer) -> None:
+        """Settings and metrics of the fit that begins."""
+        partition = saved_partition(self._saved) if self._saved is not None else self._partition
+        assert partition is not None
+        regions = [[region.start, region.stop, region.sparsity] for region in partition]
+        limits = [region.max_steps for region in partition]
+        settings = {"regions": regions, "overlap": partition.overlap, "strategy": type(trainer.strategy).__name__}
+        settings |= {"max_search_steps": self.max_search_steps, "on_search_limit": self.on_search_limit}
+        settings |= {"rewind": self.rewind, "max_ticket_steps": limits if any(limits) else None} | self._settings
+        describe_run(trainer, settings)
+        define_metrics(trainer, partition)
+
+    def _log_tickets(self, trainer: pl.Trainer, directory: Path | None, alias: str) -> None:
+        if directory is not None and not is_rehearsal(trainer):
+            choice = self.log_tickets
+            log_tickets(trainer, directory, self.facts, alias=alias, step=trainer.global_step, choice=choice)
+
+    def _cost_of_dense(self, trainer: pl.Trainer) -> float | None:
+        """Of search and tickets, from the samples that were seen, or, where tickets train apart, from their plan."""
+        plan = trainer.strategy.plan if isinstance(trainer.strategy, MultiTicketStrategy) else None
+        if plan is not None and all(steps is not None for steps in plan.steps):
+            batches = [steps * len(plan.assignment.ranks(k)) for k, steps in enumerate(plan.steps) if steps is not None]
+            return cost_of_dense(self.facts, (self.switched_at or 0) * trainer.world_size, batches)
+        regions = self._losses.regions
+        if regions is None or plan is not None:
+            return None
+        return cost_of_dense(self.facts, regions.seen_before_switch, regions.seen.tolist())
 
     # --- tickets that are there already
 
@@ -541,6 +574,10 @@ class TimestepAwarePruner(Continuing):
         """Put tickets that were saved earlier in the denoiser's place."""
         name, saved = take_saved_tickets(trainer, pl_module, self.denoiser, path)
         self._resume(trainer, name, saved)
+        assert saved.record is not None
+        report_switch(
+            trainer, saved.record, trainer.global_step, folder=None if is_rehearsal(trainer) else self.directory
+        )
         rank_zero_info(
             f"TimestepAwarePruner: {len(saved.tickets)} tickets from {str(path)!r} have replaced the denoiser "
             f"{name!r}.\n{ticket_table(self.facts)}"
@@ -554,6 +591,7 @@ class TimestepAwarePruner(Continuing):
                 f"{ensemble.partition.to_json()}. Resume with the regions that the tickets were made for."
             )
         self._clock = None
+        self._watched = name, ensemble.timesteps, ensemble.partition
         if self.detector is not None:
             self.detector.finish()
         if self.switched_at is None:
@@ -591,8 +629,7 @@ class TimestepAwarePruner(Continuing):
             "settings": self._settings,
             "switched_at": self.switched_at,
             "initial_weights": self._initial,
-            "losses": self._loss.state_dict(),
-            "losses_by_ticket": {str(ticket): loss.state_dict() for ticket, loss in self._losses.items()},
+            **self._losses.state_dict(),
         }
 
     @override
@@ -603,12 +640,7 @@ class TimestepAwarePruner(Continuing):
             self._saved_settings = taken({"settings": {}, **state_dict}, "settings", dict)
             self.switched_at = taken(state_dict, "switched_at", int, type(None))
             self._initial = taken(state_dict, "initial_weights", dict, type(None))
-            if "losses" in state_dict:
-                self._loss.load_state_dict(state_dict["losses"])
-            self._losses = {}
-            for ticket, losses in state_dict.get("losses_by_ticket", {}).items():
-                own = self._losses[int(ticket)] = SwitchLoss()
-                own.load_state_dict(losses)
+            self._losses.load_state_dict(state_dict)
 
 
 def _default_directory(trainer: pl.Trainer) -> Path:
@@ -622,6 +654,12 @@ def _default_directory(trainer: pl.Trainer) -> Path:
     while (root / f"version_{number}").exists():
         number += 1
     return root / f"version_{number}"
+
+
+def _apart(trainer: pl.Trainer) -> dict[int, Any] | None:
+    """Ticket -> what ``training_step`` has returned for it on this batch; None where tickets train together."""
+    strategy = trainer.strategy
+    return strategy.turn_outputs if isinstance(strategy, MultiTicketStrategy) and strategy.is_split else None
 
 
 def _by_sparsity(partition: TimestepPartition) -> list[TimestepRegion]:

@@ -273,6 +273,7 @@ class TicketEnsembleSampler(StandIn):
         generator: torch.Generator | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
+        clip: bool = True,
         progress: bool = True,
         **model_kwargs: Any,
     ) -> Tensor:
@@ -285,11 +286,14 @@ class TicketEnsembleSampler(StandIn):
             generator: Source of all noise; the starting noise is drawn on its device.
             class_labels: For class-conditional denoisers: one label for all images, or one per image.
             batch_size: Images sampled at once; None for all. With one generator, other sizes give other images.
+            clip: Whether to clip images to [-1, 1] at the end. False for latents, which know no bounds; the scheduler's
+                own ``clip_sample`` must be False for them, too.
             progress: Whether to show a progress bar.
             **model_kwargs: Passed to the tickets; tensors with one row per image are split into the same batches.
 
         Returns:
-            Images, shape (num_images, C, H, W), values in [-1, 1], in the tickets' dtype and on their device.
+            Images, shape (num_images, C, H, W), values in [-1, 1] unless ``clip=False``, in the tickets' dtype and on
+            their device.
 
         Raises:
             TypeError: If the scheduler has no ``set_timesteps`` or ``step``, or the tickets return no tensor.
@@ -340,7 +344,7 @@ class TicketEnsembleSampler(StandIn):
                 noise = torch.randn((stop - start, *shape), generator=generator, device=noise_device, dtype=self.dtype)
                 # Multistep schedulers remember earlier steps, so that each batch gets one of its own.
                 own = prepared(scheduler, num_inference_steps, self.device)
-                images.append(denoise(predict, noise.to(self.device), own, generator))
+                images.append(denoise(predict, noise.to(self.device), own, generator, clip))
         return torch.cat(images)
 
     def visits(self, scheduler: Any, num_inference_steps: int = 100) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ def denoise(
     noise: Tensor,
     scheduler: Any,
     generator: torch.Generator | None,
+    clip: bool = True,
 ) -> Tensor:
     """One batch from noise to images.
 
@@ -27,16 +28,17 @@ def denoise(
         noise: Standard normal noise, shape (batch_size, ...).
         scheduler: A scheduler that :func:`prepared` gave, for this batch alone.
         generator: Source of the noise that the scheduler adds.
+        clip: Whether to clip what comes out to [-1, 1].
 
     Returns:
-        Images, of the shape of the noise, clipped to [-1, 1].
+        Images, of the shape of the noise.
     """
     sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     step_kwargs = _accepted(scheduler.step, generator=generator)
     for number, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
         sample = scheduler.step(predict(number, scaled, timestep), timestep, sample, **step_kwargs).prev_sample
-    return sample.clamp(-1, 1)
+    return sample.clamp(-1, 1) if clip else sample
 
 
 def prepared(scheduler: Any, num_inference_steps: int, device: torch.device | None = None) -> Any:

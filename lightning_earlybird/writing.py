@@ -51,20 +51,29 @@ def check_directory(trainer: pl.Trainer, directory: Path) -> None:
     )
 
 
-def write_at_switch(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path) -> None:
-    """Write the tickets as they begin; a disk that refuses is warned about, as training can do without them."""
+def write_at_switch(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path) -> bool:
+    """Write the tickets as they begin; a disk that refuses is warned about, as training can do without them.
+
+    Returns:
+        Whether they could be written.
+    """
     try:
         _write(trainer, ensemble, directory)
+        return True
     except OSError as error:
         rank_zero_warn(
             f"TimestepAwarePruner: the tickets at the switch could not be written to {str(directory)!r} ({error}), so "
             "that no later fit can start from them by regions=PATH. Training goes on: they are in the module, in the "
             "checkpoints from now on, and the trained ensemble will be written at the end. Make room there until then."
         )
+        return False
 
 
-def write_at_end(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path) -> None:
+def write_at_end(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path) -> Path:
     """Write the trained tickets, elsewhere if need be: they are what the fit was for.
+
+    Returns:
+        Where they are.
 
     Raises:
         OSError: Neither there nor anywhere else. The message says where the tickets still are.
@@ -82,9 +91,10 @@ def write_at_end(trainer: pl.Trainer, ensemble: TicketEnsemble, directory: Path)
             f"TimestepAwarePruner: the trained ensemble could not be written to {str(directory)!r} ({error}). It is in "
             f"{str(rescued)!r} instead; move it from there."
         )
-    else:
-        if not is_rehearsal(trainer):
-            rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(directory)!r}.")
+        return rescued
+    if not is_rehearsal(trainer):
+        rank_zero_info(f"TimestepAwarePruner: the ensemble is in {str(directory)!r}.")
+    return directory
 
 
 def _write_elsewhere(trainer: pl.Trainer, ensemble: TicketEnsemble) -> Path | None:

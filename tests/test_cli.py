@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from diffusers import DDIMScheduler
 from lightning.pytorch.cli import LightningCLI
 from modules import ConvNet, Lit, loader
 from torch import nn
@@ -26,6 +27,7 @@ from lightning_earlybird import (
     TimestepPartition,
     TimestepRegion,
 )
+from lightning_earlybird.evaluation import SampleQuality
 from lightning_earlybird.strategy import MultiTicketStrategy as Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +181,21 @@ def test_a_criterion_is_a_name_a_function_or_a_class():
     powers = built(*DETECTOR, f"--trainer.callbacks.criterion={spec}", kind=EarlyBirdDetector).criterion
     assert isinstance(powers, Powers)
     assert powers.power == 3
+
+
+def test_sample_quality_is_built_with_its_scheduler():
+    quality = built(
+        "--trainer.callbacks=lightning_earlybird.evaluation.SampleQuality",
+        "--trainer.callbacks.reference=images.zip",
+        "--trainer.callbacks.num_samples=100",
+        "--trainer.callbacks.features=classifier:features.safetensors",
+        "--trainer.callbacks.scheduler={class_path: diffusers.DDIMScheduler, init_args: {beta_end: 0.01}}",
+        kind=SampleQuality,
+    )
+    assert (quality.reference, quality.num_samples) == ("images.zip", 100)
+    assert quality.features == "classifier:features.safetensors"
+    assert isinstance(quality.scheduler, DDIMScheduler)
+    assert quality.scheduler.config.beta_end == 0.01
 
 
 @pytest.mark.parametrize(

@@ -692,7 +692,7 @@ def test_the_tickets_are_on_disk_at_the_switch_and_the_ensemble_at_the_end(tmp_p
             present.append(tuple(sorted(path.name for path in (tmp_path / "tickets").glob("*"))))
 
     fit(module, quick(), pruner, after, Files(), max_epochs=3)
-    assert present == [()] * 6 + [("mask_distance.png", "mask_overlap.png", "switch")] * 6
+    assert present == [()] * 6 + [("mask_distance.png", "mask_overlap.png", "switch", "widths.png")] * 6
     assert pruner.directory == tmp_path / "tickets"
     noisy, steps = torch.randn(9, 1, 4, 4), torch.tensor([0, 299, 300, 999, 10, 500, 301, 700, 200])
     for name, expected in (("switch", after.tickets["network"]), ("ensemble", module.model)):
@@ -757,6 +757,7 @@ def test_tickets_are_written_beside_the_files_of_the_logger(tmp_path: Path) -> N
             "mask_distance.png",
             "mask_overlap.png",
             "switch",
+            "widths.png",
         ]
 
 
@@ -770,6 +771,7 @@ def test_tickets_are_written_into_a_new_folder_where_there_is_no_logger(tmp_path
             "mask_distance.png",
             "mask_overlap.png",
             "switch",
+            "widths.png",
         ]
 
 

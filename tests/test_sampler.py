@@ -211,6 +211,16 @@ def test_a_batch_does_not_depend_on_the_one_before_it(sampler):
     assert torch.equal(together, torch.cat(single))
 
 
+def test_latents_are_not_clipped_when_told_so(sampler):
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    images, latents = (
+        sampler.sample(4, scheduler=scheduler, num_inference_steps=4, generator=seeded(), progress=False, clip=clip)
+        for clip in (True, False)
+    )
+    assert latents.abs().max() > 1
+    torch.testing.assert_close(images, latents.clamp(-1, 1), rtol=0, atol=0)
+
+
 def test_class_labels_reach_the_tickets_in_their_batches():
     sampler = sampler_of(small_unet(num_class_embeds=4), class_labels=torch.tensor([0, 1]))
     common = {"scheduler": DDIMScheduler(), "num_inference_steps": 3, "progress": False}

@@ -11,7 +11,7 @@ from typing import Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,7 +25,7 @@ Batch = tuple[Tensor] | tuple[Tensor, Tensor]
 class WholeBatches(Dataset[Batch]):
     """Takes a whole batch out of a tensor at once, rather than sample by sample: one core feeds any device so."""
 
-    def __init__(self, samples: Tensor, labels: Tensor | None) -> None:
+    def __init__(self, samples: Tensor | Pieces, labels: Tensor | None) -> None:
         self.samples = samples
         self.labels = labels
 
@@ -53,10 +53,32 @@ class Images(WholeBatches):
         return samples.float().div_(127.5).sub_(1.0)
 
 
+class Pieces:
+    """Tensors of several files as if they were one, without reading them: shape, length and batches of indices."""
+
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        self.pieces = pieces
+        self.ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+        self.shape = torch.Size((int(self.ends[-1]), *pieces[0].shape[1:]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        batch = self.pieces[0].new_empty((len(indices), *self.shape[1:]))
+        places = torch.bucketize(indices, self.ends, right=True)
+        for place in places.unique().tolist():
+            chosen = places == place
+            batch[chosen] = self.pieces[place][indices[chosen] - (self.ends[place] - len(self.pieces[place]))]
+        return batch
+
+
 class Latents(WholeBatches):
     """Latents as the autoencoder gave them, scaled to what the denoiser learns."""
 
-    def __init__(self, samples: Tensor, labels: Tensor | None, scaling_factor: float, shift_factor: float) -> None:
+    def __init__(
+        self, samples: Tensor | Pieces, labels: Tensor | None, scaling_factor: float, shift_factor: float
+    ) -> None:
         super().__init__(samples, labels)
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
@@ -142,7 +164,7 @@ class ImageDataModule(L.LightningDataModule):
                     f"labels=True, but {images.source} has no classes; give a source with one folder a class, or set "
                     "labels=False."
                 )
-        if self.first_look is not None and (self.trainer is None or self.trainer.is_global_zero):
+        if self.first_look is not None and rank_zero_only.rank == 0:
             look(self.train, Path(self.first_look) / "data.png")
 
     @property
@@ -180,14 +202,24 @@ class LatentDataModule(L.LightningDataModule):
             folder of such files, which are taken together in the order of their names.
         batch_size: Latents a batch, on each device; the last, smaller batch of an epoch is left out.
         labels: Give labels, too.
+        limit: At most so many latents, evenly spaced over the files.
         num_workers: Processes that load.
     """
 
-    def __init__(self, path: str, *, batch_size: int = 128, labels: bool = False, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        batch_size: int = 128,
+        labels: bool = False,
+        limit: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
         super().__init__()
         self.path = path
         self.batch_size = batch_size
         self.labels = labels
+        self.limit = limit
         self.num_workers = num_workers
         self.train: Latents | None = None
         self.class_names: tuple[str, ...] = ()
@@ -197,6 +229,9 @@ class LatentDataModule(L.LightningDataModule):
         if self.train is not None:
             return
         latents, labels, facts = read_latents(Path(self.path))
+        if self.limit is not None and self.limit < len(latents):
+            chosen = torch.arange(self.limit) * len(latents) // self.limit
+            latents, labels = latents[chosen], None if labels is None else labels[chosen]
         if self.labels and labels is None:
             raise MisconfigurationException(
                 f"labels=True, but {self.path!r} holds no labels; encode a source with classes, or set labels=False."
@@ -255,8 +290,8 @@ def look(images: ImageSet, file: Path) -> None:
     save_figure(grid_figure(images.images[chosen], title=f"{count} of {len(images):,} images"), file)
 
 
-def read_latents(path: Path) -> tuple[Tensor, Tensor | None, dict[str, str]]:
-    """Latents (N, C, H, W), labels (N,) and the facts that the files name; a single file is mapped, not read."""
+def read_latents(path: Path) -> tuple[Tensor | Pieces, Tensor | None, dict[str, str]]:
+    """Latents (N, C, H, W), mapped into memory and not read; labels (N,); and the facts that the files name."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not path.exists() or not files:
         raise MisconfigurationException(
@@ -294,6 +329,4 @@ def read_latents(path: Path) -> tuple[Tensor, Tensor | None, dict[str, str]]:
         raise MisconfigurationException(
             f"path={str(path)!r}: not every latent has a label; encode all files from sources with classes, or none."
         )
-    if len(files) == 1:
-        return latents[0], labels[0] if labels else None, facts[0]
-    return torch.cat(latents), torch.cat(labels) if labels else None, facts[0]
+    return latents[0] if len(files) == 1 else Pieces(latents), torch.cat(labels) if labels else None, facts[0]

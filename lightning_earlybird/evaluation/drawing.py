@@ -102,6 +102,7 @@ def drawn(
             num_inference_steps=num_inference_steps,
             generator=generator,
             class_labels=labels,
+            clip=decode is None,
             progress=False,
         )
         yield decoded(samples, decode)

@@ -46,14 +46,7 @@ class HubSource(ImageSource):
 
         # Undecoded: decoding and its errors are ours.
         data = self._data.cast_column(self._column, datasets.Image(decode=False))
-        label = self._label_column()
-        feature = data.features[label] if label is not None else None
-        labels = None if label is None else [int(each) for each in data[label]]
-        if labels is not None and feature is not None and (min(labels) < 0 or max(labels) >= len(feature.names)):
-            raise ImageDataError(
-                f"{self.text}: column {label!r} has labels from {min(labels)} to {max(labels)}, outside of its "
-                f"{len(feature.names)} classes; this split has no labels, or they are damaged."
-            )
+        labels, class_names = self._labels()
         images = data.select_columns([self._column])
 
         def read(indices: Sequence[int]) -> Iterator[RawImage]:
@@ -65,7 +58,7 @@ class HubSource(ImageSource):
                     yield image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
         names = [f"{self.name}: row {index}" for index in range(len(data))]
-        return ImageListing(names, labels, tuple(feature.names) if feature is not None else (), read)
+        return ImageListing(names, labels, class_names, read)
 
     def _load(self) -> datasets.Dataset:
         try:
@@ -91,10 +84,7 @@ class HubSource(ImageSource):
             raise ImageDataError(
                 f"split={self.split!r}: {self.text} has no such split, only {', '.join(map(repr, sorted(by_split)))}."
             )
-        data: datasets.Dataset = by_split[self.split]
-        if not len(data):
-            raise ImageDataError(f"{self.text} has no rows in split {self.split!r}.")
-        return data
+        return by_split[self.split]
 
     def _not_loaded(self, error: Exception) -> ImageDataError:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -117,13 +107,23 @@ class HubSource(ImageSource):
             raise ImageDataError(f"{self.text} has no column of images, only {', '.join(map(repr, features))}.")
         return str(columns[0])
 
-    def _label_column(self) -> str | None:
-        """The column of classes; of several (CIFAR-100's) that with the most."""
+    def _labels(self) -> tuple[list[int] | None, tuple[str, ...]]:
+        """Labels and names of the column of classes; of several (CIFAR-100's) that with the most."""
         import datasets
 
-        columns = {
-            name: len(feature.names)
-            for name, feature in self._data.features.items()
-            if isinstance(feature, datasets.ClassLabel)
-        }
-        return max(columns, key=lambda name: columns[name]) if columns else None
+        features = self._data.features
+        columns = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        if not columns:
+            return None, ()
+        column = max(columns, key=lambda name: len(features[name].names))
+        # -1 stands for "not known" on the hub, as in test splits of competitions.
+        labels = [-1 if each is None else int(each) for each in self._data[column]]
+        if set(labels) == {-1}:
+            return None, ()
+        names = tuple(map(str, features[column].names))
+        if min(labels) < 0 or max(labels) >= len(names):
+            raise ImageDataError(
+                f"{self.text}: column {column!r} has labels from {min(labels)} to {max(labels)}, outside of its "
+                f"{len(names)} classes; remove the rows without a class, or that column."
+            )
+        return labels, names

@@ -3,38 +3,26 @@
 Matplotlib and wandb are imported only where they are used.
 """
 
-from lightning_earlybird.reporting.figures import (
-    MATPLOTLIB_AVAILABLE,
-    distance_figure,
-    overlap_figure,
-    save_figure,
-)
-from lightning_earlybird.reporting.loggers import (
-    log_figure,
-    log_metrics,
-    log_ticket_table,
-    logger_step,
-    tolerated,
-)
-from lightning_earlybird.reporting.tables import (
-    TICKET_COLUMNS,
-    ticket_metrics,
-    ticket_rows,
-    ticket_table,
-)
-
-__all__ = [
-    "MATPLOTLIB_AVAILABLE",
-    "TICKET_COLUMNS",
-    "distance_figure",
-    "log_figure",
-    "log_metrics",
-    "log_ticket_table",
-    "logger_step",
-    "overlap_figure",
-    "save_figure",
-    "ticket_metrics",
-    "ticket_rows",
-    "ticket_table",
-    "tolerated",
-]
+from lightning_earlybird.reporting.artifacts import log_tickets as log_tickets
+from lightning_earlybird.reporting.figures import MATPLOTLIB_AVAILABLE as MATPLOTLIB_AVAILABLE
+from lightning_earlybird.reporting.figures import distance_figure as distance_figure
+from lightning_earlybird.reporting.figures import overlap_figure as overlap_figure
+from lightning_earlybird.reporting.figures import save_figure as save_figure
+from lightning_earlybird.reporting.loggers import log_figure as log_figure
+from lightning_earlybird.reporting.loggers import log_metrics as log_metrics
+from lightning_earlybird.reporting.loggers import log_summary as log_summary
+from lightning_earlybird.reporting.loggers import log_ticket_table as log_ticket_table
+from lightning_earlybird.reporting.loggers import logger_step as logger_step
+from lightning_earlybird.reporting.loggers import tolerated as tolerated
+from lightning_earlybird.reporting.losses import LossReport as LossReport
+from lightning_earlybird.reporting.search_figures import SearchFigures as SearchFigures
+from lightning_earlybird.reporting.switch import cost_of_dense as cost_of_dense
+from lightning_earlybird.reporting.switch import report_end as report_end
+from lightning_earlybird.reporting.switch import report_switch as report_switch
+from lightning_earlybird.reporting.tables import TICKET_COLUMNS as TICKET_COLUMNS
+from lightning_earlybird.reporting.tables import ticket_metrics as ticket_metrics
+from lightning_earlybird.reporting.tables import ticket_rows as ticket_rows
+from lightning_earlybird.reporting.tables import ticket_table as ticket_table
+from lightning_earlybird.reporting.widths import widths_figure as widths_figure
+from lightning_earlybird.reporting.workspace import define_metrics as define_metrics
+from lightning_earlybird.reporting.workspace import describe_run as describe_run

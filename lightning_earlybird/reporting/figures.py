@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 MATPLOTLIB_AVAILABLE = RequirementCache("matplotlib>=3.8")
 
 # Okabe and Ito's palette, which stays apart under the common kinds of colour blindness; line styles differ as well.
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"
-_THICK: dict[str, Any] = {"color": _BLUE, "lw": 2.2, "marker": "o", "ms": 3, "zorder": 4}
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"
+_THICK: dict[str, Any] = {"color": BLUE, "lw": 2.2, "marker": "o", "ms": 3, "zorder": 4}
 _THIN: dict[str, Any] = {"lw": 1.1, "ls": "--"}
 
 
@@ -50,18 +50,18 @@ def distance_figure(windows: Mapping[SearchKey, MaskWindow], threshold: float) -
             checks = masks.checks
             for values, label, style in (
                 ([check.distance for check in checks], "largest distance in the FIFO", _THICK),
-                ([check.from_start for check in checks], "to initialisation", _THIN | {"color": _ORANGE, "ls": "-."}),
-                ([check.from_half for check in checks], "to half the training so far", _THIN | {"color": _GREEN}),
+                ([check.from_start for check in checks], "to initialisation", _THIN | {"color": ORANGE, "ls": "-."}),
+                ([check.from_half for check in checks], "to half the training so far", _THIN | {"color": GREEN}),
             ):
                 points = [(check.step, value) for check, value in zip(checks, values, strict=True) if value is not None]
                 axis.plot([step for step, _ in points], [value for _, value in points], label=label, **style)
-            axis.axhline(threshold, color=_RED, linewidth=1.3, label=f"threshold {threshold:g}")
+            axis.axhline(threshold, color=RED, linewidth=1.3, label=f"threshold {threshold:g}")
             null = masks.null_distance
             if null is not None:
-                axis.axhline(null, color=_GREY, linestyle=":", linewidth=1.6, label="two random masks")
+                axis.axhline(null, color=GREY, linestyle=":", linewidth=1.6, label="two random masks")
             emerged = next((check for check in checks if check.converged), None)
             if emerged is not None and emerged.distance is not None:
-                axis.plot([emerged.step], [emerged.distance], "*", color=_RED, markersize=13, zorder=5, label="emerged")
+                axis.plot([emerged.step], [emerged.distance], "*", color=RED, markersize=13, zorder=5, label="emerged")
             when = "not emerged" if emerged is None else f"emerged at step {emerged.step}"
             axis.set_title(_title(key, f": {when}"))
             axis.set_xlabel("training step")
@@ -144,6 +144,32 @@ def pixels(figure: "Figure") -> "np.ndarray[Any, np.dtype[np.uint8]]":
 
 
 @contextmanager
+def canvas(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Iterator["Figure"]:
+    """An empty figure on an Agg canvas of its own, to be drawn within the context, where the house style holds.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        layout: Matplotlib's layout engine.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if not MATPLOTLIB_AVAILABLE:
+        raise ModuleNotFoundError(f"Figures need matplotlib: pip install matplotlib. {MATPLOTLIB_AVAILABLE}")
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 9.0, "axes.titlesize": 10.0, "legend.fontsize": 8.5}):
+        figure = Figure(figsize=(width, height), dpi=150, layout=layout)
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+@contextmanager
 def _panels(
     windows: Mapping[SearchKey, MaskWindow],
     *,
@@ -155,16 +181,8 @@ def _panels(
     """A figure with one panel per window, to be drawn within the context, where the house style holds."""
     if not windows:
         raise ValueError("windows={} must hold at least one sparsity: there is nothing to draw.")
-    if not MATPLOTLIB_AVAILABLE:
-        raise ModuleNotFoundError(f"Figures need matplotlib: pip install matplotlib. {MATPLOTLIB_AVAILABLE}")
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context({"font.size": 9.0, "axes.titlesize": 10.0, "legend.fontsize": 8.5}):
-        # Not narrower than the legend.
-        figure = Figure(figsize=(max(width * len(windows) + 1.0, 5.6), height), dpi=150, layout=layout)
-        FigureCanvasAgg(figure)
+    # Not narrower than the legend.
+    with canvas(max(width * len(windows) + 1.0, 5.6), height, layout) as figure:
         axes = figure.subplots(1, len(windows), sharex=share, sharey=share, squeeze=False)
         yield figure, list(axes[0])
 

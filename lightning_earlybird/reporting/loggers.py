@@ -58,7 +58,9 @@ def tolerated(logger: Logger) -> Iterator[None]:
             )
 
 
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float | None], step: int | None = None) -> None:
+def log_metrics(
+    trainer: Trainer, metrics: Mapping[str, float | None], step: int | None = None, *, save: bool = True
+) -> None:
     """Gives metrics to every logger of the Trainer.
 
     A logger that fails is warned about once and does not end the training; so it is with figures and tables.
@@ -67,6 +69,7 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float | None], step: int
         trainer: The Trainer; without loggers nothing happens.
         metrics: Name -> value; ``None`` stands for "not measured yet" and is left out.
         step: The step to log under; ``None`` takes that of Lightning's own metrics, :func:`logger_step`.
+        save: Whether they are to be in the file at once; what comes often is better left to the logger.
     """
     known = {name: float(value) for name, value in metrics.items() if value is not None}
     if not known:
@@ -74,7 +77,28 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float | None], step: int
     for logger in trainer.loggers:
         with tolerated(logger):
             logger.log_metrics(known, step=logger_step(trainer) if step is None else step)
-            logger.save()
+            if save:
+                logger.save()
+
+
+def log_summary(trainer: Trainer, values: Mapping[str, float | None]) -> None:
+    """Gives what is known once to the summary of W&B's runs, which makes no charts of it, and to others as metrics.
+
+    Args:
+        trainer: The Trainer; does nothing on ranks other than the first.
+        values: Name -> value; ``None`` is left out.
+    """
+    if not trainer.is_global_zero:
+        return
+    known = {name: float(value) for name, value in values.items() if value is not None}
+    step = logger_step(trainer)
+    for logger in trainer.loggers:
+        with tolerated(logger):
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary.update(known)
+            else:
+                logger.log_metrics(known, step=step)
+                logger.save()
 
 
 def log_figure(
