@@ -11,6 +11,7 @@ import sys
 
 from shared.module import DiffusionModule, build_unet
 from shared.run import begin, laid_out, train
+from shared.sampling import build_sampling
 from shared.settings import CONFIGS, ImageSettings, read_settings
 from shared.sources import image_data
 
@@ -22,7 +23,9 @@ def main(arguments: list[str]) -> None:
     channels = data.train.images.shape[1]
     unet = build_unet(config.model, size=config.data.size, channels=channels, num_classes=data.num_classes)
     module = DiffusionModule(laid_out(unet, config.model), config.diffusion, config.optimizer)
-    train(config, module, data, output, checkpoint)
+    scheduler = module.sampling_scheduler(config.sampling)
+    sampling = build_sampling(config, scheduler, data.train, num_classes=data.num_classes)
+    train(config, module, data, output, checkpoint, sampling)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,15 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from shared.keepers import DenseKeeper, PhaseBar
-from shared.outputs import prepare_output
 from shared.reports import cost_report
-from shared.run import QUIET, build_checkpoints, build_loggers
+from shared.run import QUIET, begin, build_checkpoints, build_loggers, build_pruning
 from shared.settings import CONFIGS, read_settings
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from lightning_earlybird import EarlyBirdDetector, TicketEnsembleSampler, TimestepAwarePruner
+from lightning_earlybird import TicketEnsembleSampler
 from lightning_earlybird.reporting import log_figure, log_metrics, ticket_table
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
@@ -118,18 +117,13 @@ def sample_figure(columns: dict[str, Tensor], grid: int) -> Figure:
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     config = read_settings(CONFIGS / "digits.yaml", arguments)
-    output, checkpoint = prepare_output(config)
-    L.seed_everything(config.seed)
-    torch.set_num_threads(config.threads)
+    output, checkpoint = begin(config)
     train, held_out = digits(config.data.held_out)
     loader = DataLoader(TensorDataset(train), config.data.batch_size, shuffle=True, drop_last=True)
     module = DigitsDiffusion(config.model, config.optimizer)
     scheduler = SCHEDULERS[config.sampling.scheduler](num_train_timesteps=config.model.num_train_timesteps)
 
-    sparsities = sorted({sparsity for _, _, sparsity in config.pruner.regions if sparsity > 0})
-    # Without sparsity (the dense control) there is nothing to detect; the pruner then brings what it needs.
-    watchers = [EarlyBirdDetector(sparsities, **config.detector)] if sparsities else []
-    pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
+    watchers, pruner = build_pruning(config, output)
     average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
     keeper = DenseKeeper(average, pruner, output / "dense")
     loggers, logs = build_loggers(config, output, checkpoint)

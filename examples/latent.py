@@ -7,8 +7,11 @@ python examples/latent.py recipe=smoke data.path=latents.safetensors   # minutes
 
 import sys
 
+from encode_latents import load_autoencoder
+from shared.latents import Decoder
 from shared.module import DiffusionModule, build_transformer
 from shared.run import begin, laid_out, train
+from shared.sampling import build_sampling
 from shared.settings import CONFIGS, LatentImageSettings, read_settings
 from shared.sources import latent_data
 
@@ -23,7 +26,14 @@ def main(arguments: list[str]) -> None:
     module = DiffusionModule(
         laid_out(transformer, config.model), config.diffusion, config.optimizer, one_class=data.num_classes is None
     )
-    train(config, module, data, output, checkpoint)
+    scheduler = module.sampling_scheduler(config.sampling)
+    place = data.autoencoder if config.vae is None else (config.vae, None)
+    if place is None:
+        sys.exit(f"latent.py: {config.data.path} does not name its autoencoder; give vae=NAME_OR_FOLDER.")
+    decode = Decoder(load_autoencoder(*place), data.train)
+    # A network without classes is told class 0 of one, in training and in sampling.
+    sampling = build_sampling(config, scheduler, config.evaluation.reference, num_classes=classes, decode=decode)
+    train(config, module, data, output, checkpoint, sampling)
 
 
 if __name__ == "__main__":

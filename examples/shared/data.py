@@ -223,7 +223,7 @@ class LatentDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.train: Latents | None = None
         self.class_names: tuple[str, ...] = ()
-        self.autoencoder: str | None = None
+        self.autoencoder: tuple[str, str | None] | None = None  # name and subfolder
 
     def setup(self, stage: str | None = None) -> None:
         if self.train is not None:
@@ -240,7 +240,8 @@ class LatentDataModule(L.LightningDataModule):
         factors = (float(facts.get(name, default)) for name, default in (("scaling_factor", 1), ("shift_factor", 0)))
         self.train = Latents(latents, labels if self.labels else None, *factors)
         self.class_names = tuple(json.loads(facts.get("class_names", "[]")))
-        self.autoencoder = facts.get("autoencoder")
+        if "autoencoder" in facts:
+            self.autoencoder = (facts["autoencoder"], facts.get("autoencoder_subfolder") or None)
 
     @property
     def num_classes(self) -> int | None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lightning_earlybird import draw_uniform, draw_within
+from lightning_earlybird.schedulers import SpacedDDIMScheduler
 
 
 class DiffusionModule(L.LightningModule):
@@ -37,6 +38,7 @@ class DiffusionModule(L.LightningModule):
             beta_start=diffusion.beta_start,
             beta_end=diffusion.beta_end,
             prediction_type=diffusion.prediction,
+            clip_sample=diffusion.clip_sample,
         )
         self.antithetic = diffusion.antithetic
         self.settings = optimizer
@@ -68,6 +70,12 @@ class DiffusionModule(L.LightningModule):
         stop = self.scheduler.config.num_train_timesteps if stop is None else stop
         return draw_uniform(batch_size, start, stop, antithetic=self.antithetic, device=self.device)
 
+    def sampling_scheduler(self, settings: DictConfig) -> Any:
+        """DDIM as ``SamplingSettings`` say, with the betas and the kind of prediction that it was trained with."""
+        names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "clip_sample")
+        trained = {name: self.scheduler.config[name] for name in names}
+        return SpacedDDIMScheduler(spacing=settings.spacing, **trained)
+
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.settings
         # Lightning clips no gradients of fused optimizers under mixed precision.
@@ -94,6 +102,7 @@ class FlowModule(DiffusionModule):
         self.settings = optimizer
         self.unit = float(flow.num_train_timesteps)
         self.density = flow.density
+        self.shift = flow.shift
 
     def corrupt(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         share = (timesteps / self.unit).view(-1, *[1] * (images.dim() - 1))
@@ -107,6 +116,10 @@ class FlowModule(DiffusionModule):
         return draw_within(
             lambda n: torch.randn(n, device=self.device).sigmoid() * self.unit, batch_size, float(start), stop
         )
+
+    def sampling_scheduler(self, settings: DictConfig) -> Any:
+        """Euler steps along the flow."""
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(self.unit), shift=self.shift)
 
 
 def build_unet(model: DictConfig, *, size: int, channels: int, num_classes: int | None = None) -> UNet2DModel:

@@ -2,15 +2,37 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 # What tells that a folder holds a run of an example.
 TRACES = ("metrics.csv", "checkpoints", "switch", "ensemble", "dense")
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """End the program with a sentence for a mistake in a setting, as the package tells it, and without a traceback."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, FileExistsError) as error:
+        if not isinstance(error, MisconfigurationException) and not _origin(error).startswith("lightning_earlybird."):
+            raise  # a mistake in code, not in a setting
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def _origin(error: BaseException) -> str:
+    """The module that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
 
 
 def prepare_output(config: DictConfig) -> tuple[Path, Path | None]:
@@ -52,9 +74,23 @@ def _named(resume: Any) -> Path | None:
 
 
 def wandb_is_offline(mode: str) -> bool:
-    """Whether W&B must stay offline; looks for a login without asking for one and without the network."""
-    if mode != "auto":
-        return mode == "offline"
-    if os.environ.get("WANDB_MODE", "online") != "online":
+    """Whether W&B must stay offline; looks for a login without asking for one and without the network.
+
+    Args:
+        mode: ``"online"`` ends the program where nobody is logged in, ``"auto"`` says so and stays offline.
+    """
+    if mode == "offline" or (mode == "auto" and os.environ.get("WANDB_MODE", "online") != "online"):
         return True
-    return not wandb.login(prompt=False, verify=False)
+    if wandb.login(prompt=False, verify=False):
+        return False
+    remedy = "Log in by `wandb login`, or set WANDB_API_KEY"
+    if mode == "online":
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: wandb.mode=online, but nobody is logged in to W&B here. {remedy}; or keep the "
+            "run on this disk by wandb.mode=offline, and upload it later by `wandb sync`."
+        )
+    rank_zero_info(
+        f"Nobody is logged in to W&B here: the run stays on this disk, for `wandb sync` later. {remedy} to have it "
+        "online, or leave it out by wandb.mode=disabled."
+    )
+    return True

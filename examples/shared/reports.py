@@ -1,5 +1,7 @@
 """What a run prints at its end."""
 
+from typing import Any
+
 import lightning as L
 
 from lightning_earlybird import TimestepAwarePruner
@@ -48,4 +50,14 @@ def cost_report(
             f"Critical path, the MACs of the busiest of {trainer.world_size} processes: {path:.2e}, "
             f"{path / (search + tickets):.0%} of all."
         )
+    return "\n".join(lines)
+
+
+def score_table(results: list[dict[str, Any]]) -> str:
+    """What ``SampleQuality`` measured, a line for each evaluation."""
+    names = [name for name in results[-1] if name not in ("step", "epoch", "network", "seconds")]
+    lines = [f"{'step':>8}  {'network':<8}{''.join(f'{name:>24}' for name in names)}{'seconds':>9}"]
+    for result in results:
+        scores = "".join(f"{result.get(name, float('nan')):>24.4f}" for name in names)
+        lines.append(f"{result['step']:>8}  {result['network']:<8}{scores}{result['seconds']:>9.0f}")
     return "\n".join(lines)

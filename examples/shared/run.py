@@ -14,16 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, TimestepPartition
+from lightning_earlybird.evaluation import SampleQuality
 from lightning_earlybird.reporting import ticket_table
 from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
-from shared.outputs import prepare_output, wandb_is_offline
-from shared.reports import cost_report
+from shared.outputs import mistakes_told, prepare_output, wandb_is_offline
+from shared.reports import cost_report, score_table
 
 QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
 
 
 def begin(config: DictConfig) -> tuple[Path, Path | None]:
     """The output folder and the checkpoint to go on from; seeds everything."""
+    with mistakes_told():
+        build_pruning(config, Path(config.output))  # wrong regions show before data are read
     output, checkpoint = prepare_output(config)
     L.seed_everything(config.seed)
     if config.threads is not None:
@@ -44,8 +47,7 @@ def train(
     data: L.LightningDataModule,
     output: Path,
     checkpoint: Path | None,
-    *,
-    extras: list[Callback] = (),
+    sampling: list[Callback],
 ) -> L.Trainer:
     """Fits, prints what came out, and leaves it in the output folder.
 
@@ -55,7 +57,7 @@ def train(
         data: Training data.
         output: The output folder.
         checkpoint: To go on from, or None.
-        extras: Further callbacks, which stand after the pruner.
+        sampling: Callbacks that sample, which stand after the pruner.
 
     Returns:
         The Trainer after the fit.
@@ -63,12 +65,7 @@ def train(
     warnings.filterwarnings("ignore", message=QUIET)
     started = time.perf_counter()
     average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
-    pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
-    # Without sparsity (the dense baseline) there is nothing to detect; the pruner then brings what it needs.
-    # (So it is with tickets that were saved earlier.)
-    regions = config.pruner.regions
-    sparsities = [] if isinstance(regions, str) else [s for s in TimestepPartition.of(regions).sparsities if s > 0]
-    watchers = [EarlyBirdDetector(sparsities, **config.detector)] if sparsities else []
+    watchers, pruner = build_pruning(config, output)
     keeper = DenseKeeper(average, pruner, output / "dense")
     loggers, logs = build_loggers(config, output, checkpoint)
     trainer = L.Trainer(
@@ -79,23 +76,38 @@ def train(
             keeper,
             *watchers,
             pruner,
-            *extras,
+            *sampling,
             logs,
             PhaseBar(pruner),
             build_checkpoints(config, output),
         ],
         enable_model_summary=False,
     )
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    with mistakes_told():
+        trainer.fit(module, data, ckpt_path=checkpoint)
     if trainer.is_global_zero and pruner.facts:
         for logger in loggers:
             logger.finalize("success")
         wandb.finish()
         print(f"\n{ticket_table(pruner.facts)}\n")
         print(cost_report(pruner, trainer, config.data.batch_size, keeper.search_s, keeper.total_s))
+        for quality in (each for each in sampling if isinstance(each, SampleQuality) and each.results):
+            print(f"\n{score_table(quality.results)}")
         print(f"\nWritten to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
         print(f"Took {time.perf_counter() - started:.0f} s.")
     return trainer
+
+
+def build_pruning(config: DictConfig, output: Path) -> tuple[list[EarlyBirdDetector], TimestepAwarePruner]:
+    """The two callbacks that all this is about.
+
+    Without sparsity (the dense baseline), and with tickets that were saved earlier, there is nothing to detect; the
+    pruner then brings what it needs.
+    """
+    pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
+    regions = config.pruner.regions
+    sparsities = [] if isinstance(regions, str) else [s for s in TimestepPartition.of(regions).sparsities if s > 0]
+    return [EarlyBirdDetector(sparsities, **config.detector)] if sparsities else [], pruner
 
 
 def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> tuple[list[Logger], LogKeeper]:

@@ -75,6 +75,7 @@ class DiffusionSettings:
     beta_end: float = 0.02
     prediction: str = "epsilon"  # epsilon, v_prediction or sample
     antithetic: bool = True
+    clip_sample: bool = True  # sampling keeps predicted images within [-1, 1]; latents know no such bounds
 
 
 @dataclass
@@ -146,7 +147,8 @@ class EvaluationSettings:
     num_samples: int = 10_000  # 0: none
     every_n_epochs: int | None = None  # null: at the end only
     batch_size: int = 250
-    features: str = "inception"
+    reference: str | None = None  # what samples are compared with: images, or saved statistics; null: the training data
+    features: str = "inception"  # or classifier:FILE, or package.module:Factory
     weights_path: str | None = None  # of Inception, for a machine without a network
     kid: bool = True
 

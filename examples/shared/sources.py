@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_earlybird.images import ImageDataError
 from shared.data import ImageDataModule, LatentDataModule
+from shared.outputs import mistakes_told
 
 Data = TypeVar("Data", bound=L.LightningDataModule)
 
@@ -51,12 +50,10 @@ def latent_data(settings: DictConfig) -> LatentDataModule:
 
 
 def _set_up(build: Callable[[], Data]) -> Data:
-    try:
+    with mistakes_told():
         data = build()
         data.prepare_data()
         data.setup()
-    except (ImageDataError, MisconfigurationException) as error:
-        sys.exit(f"{_program()}: {error}")
     return data
 
 

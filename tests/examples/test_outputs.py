@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from shared.outputs import prepare_output, wandb_is_offline
+from shared.outputs import mistakes_told, prepare_output, wandb_is_offline
+
+from lightning_earlybird import TimestepPartition
 
 
 def settings(output: Path, *, resume: object = False, overwrite: bool = False) -> DictConfig:
@@ -55,21 +57,30 @@ def test_what_cannot_be_an_output_folder_or_a_checkpoint_ends_the_program(tmp_pa
 
 def test_wandb_stays_offline_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wandb_is_offline("offline")
-    assert not wandb_is_offline("online")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_is_offline("auto")
 
 
-def test_without_a_login_wandb_is_offline_and_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nobody is logged in to W&B, for the real client."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
 
-    asked: list[dict[str, object]] = []
 
-    def login(**settings: object) -> bool:
-        asked.append(settings)
-        return False
+@pytest.mark.usefixtures("nobody")
+def test_without_a_login_wandb_is_offline_and_nobody_is_asked(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert wandb_is_offline("auto")
+    with pytest.raises(SystemExit, match=r"wandb.mode=online, but nobody is logged in .* `wandb login`"):
+        wandb_is_offline("online")
+    assert "Nobody is logged in to W&B here: the run stays on this disk" in caplog.text
 
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(wandb, "login", login)
-    assert wandb_is_offline("auto")
-    assert asked == [{"prompt": False, "verify": False}]
+
+def test_only_mistakes_in_settings_become_sentences() -> None:
+    with pytest.raises(SystemExit, match=r"leave a gap"), mistakes_told():
+        TimestepPartition.of([(0, 240, 0.3), (300, 1000, 0.8)])
+    with pytest.raises(ValueError, match="invalid literal"), mistakes_told():
+        int("a mistake in code")
