@@ -94,7 +94,7 @@ class TicketEnsembleSampler(StandIn):
                 f"the trainer's module holds the tickets {list(ensembles[0].hosted)} of {len(ensembles[0].tickets)}: "
                 "other ranks train the rest. They come together at the end of the fit; sample after it."
             )
-        return cls._of(copy.deepcopy(ensembles[0]), offload, blend)
+        return cls._of(ensembles[0], offload, blend, copied=True)
 
     @classmethod
     def from_pretrained(
@@ -420,8 +420,17 @@ class TicketEnsembleSampler(StandIn):
         return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
     @classmethod
-    def _of(cls, ensemble: TicketEnsemble, offload: bool, blend: bool) -> TicketEnsembleSampler:
-        sampler = cls(list(ensemble.tickets), ensemble.partition, ensemble.timesteps, offload=offload, blend=blend)
+    def _of(
+        cls, ensemble: TicketEnsemble, offload: bool, blend: bool, *, copied: bool = False
+    ) -> TicketEnsembleSampler:
+        device = next(ensemble.parameters()).device
+        tickets: list[nn.Module] = list(ensemble.tickets)
+        if copied:
+            # One by one, so that with offloading there is never more than one copy beside what is trained.
+            tickets = [copy.deepcopy(each).to("cpu") if offload else copy.deepcopy(each) for each in tickets]
+        sampler = cls(tickets, ensemble.partition, ensemble.timesteps, offload=offload, blend=blend)
+        if sampler.offload is not None:
+            sampler.offload.device = device
         sampler.record = ensemble.record
         return sampler.eval()
 

@@ -31,7 +31,6 @@ class StandIn(TicketEnsemble, ModelMixin):  # type: ignore[misc]  # diffusers ha
 
     Attributes:
         offload: Where the tickets are at present; None where all of them stay together.
-        blend: Whether outputs are blended in the overlap.
     """
 
     def __init__(
@@ -44,15 +43,24 @@ class StandIn(TicketEnsemble, ModelMixin):  # type: ignore[misc]  # diffusers ha
         blend: bool = False,
     ) -> None:
         super().__init__(tickets, partition, timesteps)
-        if blend and partition.overlap == 0:
-            raise ValueError(
-                "blend=True has no effect, as the regions were trained with overlap=0: neighbours share no timesteps "
-                "in which their outputs could be blended. Leave it out, or train with an overlap."
-            )
         self.blend = blend
         self.offload = Offload(self.tickets, self._device_of_tickets()) if offload else None
         self._last: int | None = None  # the region of the call before, which tells that a schedule passes one over
         self._warned_of_gap = False
+
+    @property
+    def blend(self) -> bool:
+        """Whether outputs are blended in the overlap."""
+        return self._blend
+
+    @blend.setter
+    def blend(self, blend: bool) -> None:
+        if blend and self.partition.overlap == 0:
+            raise ValueError(
+                "blend=True has no effect, as the regions were trained with overlap=0: neighbours share no timesteps "
+                "in which their outputs could be blended. Leave it out, or train with an overlap."
+            )
+        self._blend = blend
 
     @property
     def device(self) -> torch.device:
