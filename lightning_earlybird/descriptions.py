@@ -85,7 +85,8 @@ def build_dense(factory: Callable[[], nn.Module] | None, field: Field) -> nn.Mod
     if description is None:
         raise ValueError(
             "denoiser=None: the ensemble's network is not one that diffusers can build from its configuration; "
-            "pass denoiser=, a function without arguments that builds the dense network."
+            "pass denoiser=, a function without arguments that builds the dense network. A diffusers pipeline is then "
+            "loaded with the sampler given to it: from_pretrained(directory, unet=sampler)."
         )
     network = _diffusers_class(description["class"])
     if network is None:

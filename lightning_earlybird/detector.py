@@ -39,7 +39,7 @@ from lightning_earlybird.resume import Continuing, begins_anew
 from lightning_earlybird.scoring import ChannelScorer
 from lightning_earlybird.search import SearchKey, TicketSearch, describe, named_metrics, short_name, sparsity_of
 from lightning_earlybird.structure import Norm
-from lightning_earlybird.transition import averaged_modules, check_supported, initial_share
+from lightning_earlybird.transition import averaged_modules, check_supported, check_trained, initial_share
 
 # Checks in a row that may fail for gradients that are NaN or infinite: one batch may be bad, but not all of them.
 _MOST_UNSOUND = 5
@@ -304,6 +304,9 @@ class EarlyBirdDetector(Continuing):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._finish_if_replaced(pl_module)
+        present = find_ensemble(pl_module)
+        if present is not None:
+            check_trained(trainer, *present)
         self.figures.begin()
         search = ("sparsities", "window", "threshold", "every_n_epochs", "every_n_train_steps")
         own = {name: getattr(self, name) for name in (*search, "score_batches", "score_threshold")} | self._settings

@@ -159,10 +159,17 @@ class TicketEnsemble(nn.Module):
         timesteps = self.timesteps.find(args, kwargs)
         if self.turn is not None:
             with self.turn.around(timesteps):
-                return self.tickets[self.turn.ticket](*args, **kwargs)
-        rows = self._route(timesteps)
+                return self._ticket(self.turn.ticket)(*args, **kwargs)
+        return self._dispatch(self._route(timesteps), args, kwargs)
+
+    def _ticket(self, number: int) -> nn.Module:
+        """The ticket that is about to be called."""
+        return self.tickets[number]
+
+    def _dispatch(self, rows: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls each ticket on its rows, ``{ticket: row indices}``, and puts the outputs together."""
         if len(rows) == 1:
-            return self.tickets[next(iter(rows))](*args, **kwargs)
+            return self._ticket(next(iter(rows)))(*args, **kwargs)
         batch_size = sum(len(index) for index in rows.values())
         outputs = []
         for number, index in rows.items():
@@ -170,7 +177,7 @@ class TicketEnsemble(nn.Module):
             def take(tensor: Tensor, index: Tensor = index) -> Tensor:
                 return select_rows(tensor, index, batch_size)
 
-            outputs.append(self.tickets[number](*map_tensors(args, take), **map_tensors(kwargs, take)))
+            outputs.append(self._ticket(number)(*map_tensors(args, take), **map_tensors(kwargs, take)))
         sizes = [len(index) for index in rows.values()]
         # Sorting the rows by ticket is undone by the inverse permutation: one cat and one index_select per tensor.
         order = torch.argsort(torch.cat(list(rows.values())))
@@ -185,27 +192,13 @@ class TicketEnsemble(nn.Module):
         everything = {hosted[0]: torch.empty(0, dtype=torch.long)}
         if len(self.regions) == 1 and math.isinf(self.partition.start) and math.isinf(self.partition.stop):
             return everything
-        if isinstance(timesteps, Tensor):
-            steps = timesteps.detach().to("cpu")
-        elif isinstance(timesteps, Real):
-            # A Python float keeps all its digits, so that it compares with the regions' bounds as it was written.
-            steps = torch.tensor(timesteps, dtype=torch.float64 if isinstance(timesteps, float) else None)
-        else:
-            raise TypeError(
-                f"timesteps is a {type(timesteps).__name__}, expected a tensor or a number; convert it first."
-            )
-        if steps.numel() > 1 and steps.numel() != steps.shape[0]:
-            raise ValueError(
-                f"timesteps has shape {tuple(steps.shape)}, expected one timestep per row, shape (batch_size,) or "
-                "(batch_size, 1, ...), or a scalar; a ticket is chosen for whole rows only."
-            )
+        steps = one_per_row(timesteps)
         if steps.numel() == 0:
             return everything
-        steps = steps.reshape(-1)
         owners = self.partition.assign(steps) if self.training else self.partition.lookup(steps)
         if len(hosted) < len(self.tickets):
             owners = self._among(hosted, owners)
-        return {number: torch.nonzero(owners == number).flatten() for number in sorted(set(owners.tolist()))}
+        return rows_by_ticket(owners)
 
     def _among(self, hosted: tuple[int, ...], owners: Tensor) -> Tensor:
         """The nearest ticket that is here in place of each that is not."""
@@ -240,9 +233,36 @@ class TicketEnsemble(nn.Module):
         return value
 
 
+def one_per_row(timesteps: Any) -> Tensor:
+    """The timesteps of a call on the host: shape (batch_size,), or (1,) where all rows share one.
+
+    Raises:
+        TypeError: If they are neither a tensor nor a number.
+        ValueError: If there are several timesteps per row.
+    """
+    if isinstance(timesteps, Tensor):
+        steps = timesteps.detach().to("cpu")
+    elif isinstance(timesteps, Real):
+        # A Python float keeps all its digits, so that it compares with the regions' bounds as it was written.
+        steps = torch.tensor(timesteps, dtype=torch.float64 if isinstance(timesteps, float) else None)
+    else:
+        raise TypeError(f"timesteps is a {type(timesteps).__name__}, expected a tensor or a number; convert it first.")
+    if steps.numel() > 1 and steps.numel() != steps.shape[0]:
+        raise ValueError(
+            f"timesteps has shape {tuple(steps.shape)}, expected one timestep per row, shape (batch_size,) or "
+            "(batch_size, 1, ...), or a scalar; a ticket is chosen for whole rows only."
+        )
+    return steps.reshape(-1)
+
+
+def rows_by_ticket(owners: Tensor) -> dict[int, Tensor]:
+    """``{ticket: its row indices}`` in region order, of the tickets' indices by row, which are on the CPU."""
+    return {number: torch.nonzero(owners == number).flatten() for number in sorted(set(owners.tolist()))}
+
+
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A copy of nested tuples, lists, dicts and dataclasses with ``function`` applied to every tensor in them."""
-    return _rebuild(
+    return rebuild(
         [value], lambda leaves, path: function(leaves[0]) if isinstance(leaves[0], Tensor) else leaves[0], ""
     )
 
@@ -274,10 +294,10 @@ def _merge(outputs: list[Any], sizes: list[int], order: Tensor, path: str) -> An
                 )
         return torch.cat(leaves).index_select(0, order.to(leaves[0].device, non_blocking=True))
 
-    return _rebuild(outputs, leaf, path)
+    return rebuild(outputs, leaf, path)
 
 
-def _rebuild(values: list[Any], leaf: Callable[[list[Any], str], Any], path: str) -> Any:
+def rebuild(values: list[Any], leaf: Callable[[list[Any], str], Any], path: str) -> Any:
     """Walks equal structures side by side and builds one of the same kind from what ``leaf`` makes of their leaves."""
     first = values[0]
     if any(type(value) is not type(first) for value in values):
@@ -287,13 +307,13 @@ def _rebuild(values: list[Any], leaf: Callable[[list[Any], str], Any], path: str
     # Dataclasses come first: diffusers' outputs are dicts, too, but must be built through their fields.
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first) if field.init]
-        parts = {name: _rebuild([getattr(v, name) for v in values], leaf, f"{path}.{name}") for name in names}
+        parts = {name: rebuild([getattr(v, name) for v in values], leaf, f"{path}.{name}") for name in names}
         return dataclasses.replace(first, **parts)
     if isinstance(first, dict):
         if any(value.keys() != first.keys() for value in values):
             keys = [sorted(map(str, value)) for value in values]
             raise TypeError(f"{path}: the tickets return different keys, {keys}; they must agree to be put together.")
-        items = {key: _rebuild([value[key] for value in values], leaf, f"{path}[{key!r}]") for key in first}
+        items = {key: rebuild([value[key] for value in values], leaf, f"{path}[{key!r}]") for key in first}
         return items if type(first) is dict else type(first)(items)
     if isinstance(first, (tuple, list)):
         if any(len(value) != len(first) for value in values):
@@ -301,7 +321,7 @@ def _rebuild(values: list[Any], leaf: Callable[[list[Any], str], Any], path: str
             raise TypeError(
                 f"{path}: the tickets return different lengths, {sizes}; they must agree to be put together."
             )
-        members = [_rebuild([v[i] for v in values], leaf, f"{path}[{i}]") for i in range(len(first))]
+        members = [rebuild([v[i] for v in values], leaf, f"{path}[{i}]") for i in range(len(first))]
         if hasattr(first, "_fields"):
             return type(first)(*members)
         return members if type(first) is list else type(first)(members)

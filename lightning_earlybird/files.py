@@ -18,6 +18,10 @@ T = TypeVar("T")
 # No separators, no drive, no leading dot: such a name cannot lead out of its directory.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
+# How the Hugging Face cache names its repositories and files: .../models--USER--NAME/blobs/DIGEST.
+_CACHED_REPOSITORY = re.compile(r"(models|datasets|spaces)--[A-Za-z0-9._-]+")
+_BLOB_NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
 # Far beyond what anybody writes: a thousand tickets of a thousand tensors each are some 60 MB.
 _LARGEST_DOCUMENT_BYTES = 1 << 26
 _DEEPEST_NESTING = 64
@@ -25,8 +29,8 @@ _LARGEST_INTEGER = 2**63 - 1
 _MOST_VALUES = 500_000
 
 _LINK_REMEDY = (
-    "links are not followed, as they may lead out of the directory: copy it with `cp -rL`, or download it with "
-    "`local_dir=`"
+    "links are not followed but within a Hugging Face cache, as they may lead out of the directory: copy it with "
+    "`cp -rL`, or download it with `local_dir=`"
 )
 
 
@@ -102,11 +106,13 @@ class Field:
             self.fail(f"is not valid: {error}")
 
     def file_in(self, directory: Path) -> Path:
-        """The existing regular file that the value names, directly inside ``directory`` and not a link."""
+        """The existing regular file that the value names, directly inside ``directory``; no link but a hub cache's."""
         name = self.text()
         if not _PLAIN_NAME.fullmatch(name):
             self.fail(f"is {name!r}, expected the plain name of a file in the same directory.")
         path = directory / name
+        if is_hub_cache_link(path):
+            return path
         if os.path.islink(path):
             self.fail(f"names {name!r}, which is a link in {str(directory)!r}; {_LINK_REMEDY}.")
         if not is_plain_file(path):
@@ -133,9 +139,10 @@ def read_json(path: Path) -> Field:
         EnsembleFormatError: If the file does not exist, is not JSON, or is larger or nested deeper than any real one.
     """
     root = Field(None, str(path))
-    if os.path.islink(path):
+    cached = is_hub_cache_link(path)
+    if os.path.islink(path) and not cached:
         root.fail(f"cannot be read: it is a link; {_LINK_REMEDY}.")
-    if not is_plain_file(path):
+    if not cached and not is_plain_file(path):
         root.fail("cannot be read: there is no such file. Pass the directory that holds it.")
     try:
         with path.open("rb") as file:
@@ -193,6 +200,33 @@ def is_plain_file(path: Path) -> bool:
         return stat.S_ISREG(path.lstat().st_mode)
     except (OSError, ValueError):
         return False
+
+
+def is_hub_cache_link(path: Path) -> bool:
+    """Whether a file is a link as the Hugging Face cache has them, which leads to a file of the same repository.
+
+    That is ``.../models--USER--NAME/snapshots/REVISION/[sub/]FILE``, a link to the regular file
+    ``.../models--USER--NAME/blobs/DIGEST``, in one step, with a digest of 40 or 64 hexadecimal digits.
+    """
+    try:
+        if not path.is_symlink():
+            return False
+        # The directory itself may be reached by links, as the cache may lie anywhere.
+        folder = Path(os.path.realpath(path.parent))
+        target = Path(os.path.normpath(folder / os.readlink(path)))
+    except (OSError, ValueError):
+        return False
+    for snapshots in folder.parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and _CACHED_REPOSITORY.fullmatch(repository.name):
+            blobs = repository / "blobs"
+            return (
+                target.parent == blobs
+                and _BLOB_NAME.fullmatch(target.name) is not None
+                and not blobs.is_symlink()
+                and is_plain_file(target)
+            )
+    return False
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Channel scores: how much each channel of a denoiser matters."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_earlybird.structure import ChannelPlan
 
 NamedCriterion = Literal["magnitude", "random", "taylor", "diff_pruning"]
-CustomCriterion: TypeAlias = Callable[[nn.Module, ChannelPlan], Tensor]
+CustomCriterion: TypeAlias = Callable[[nn.Module, ChannelPlan], Any]
 """Scores of the caller's own: (denoiser, plan) -> floats of shape (plan.num_channels,), higher is more important."""
 Criterion: TypeAlias = NamedCriterion | CustomCriterion
 

@@ -55,7 +55,7 @@ from lightning_earlybird.search import SearchKey, describe, short_name
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.structure import Norm
 from lightning_earlybird.tickets import TicketFacts, saved_partition
-from lightning_earlybird.transition import averaged_modules, check_supported
+from lightning_earlybird.transition import averaged_modules, check_supported, check_trained
 from lightning_earlybird.writing import check_directory, is_rehearsal, write_at_end, write_at_switch
 
 
@@ -132,7 +132,7 @@ class TimestepAwarePruner(Continuing):
         regions: Sequence[RegionLike] | str | os.PathLike[str],
         *,
         denoiser: str | None = None,
-        overlap: float = 0,
+        overlap: int | float = 0,
         max_search_steps: int | None = None,
         on_search_limit: Literal["prune", "raise"] = "prune",
         rewind: Literal["init"] | None = None,
@@ -158,6 +158,12 @@ class TimestepAwarePruner(Continuing):
         if not isinstance(regions, str | os.PathLike):
             self._partition = TimestepPartition.of(regions, overlap)
         else:
+            if isinstance(regions, str) and regions.lstrip().startswith(("[", "{", "(")):
+                # A command line hands over as text what it could not read as a list.
+                raise ValueError(
+                    f"regions={regions!r} is text, which stands for the path of saved tickets, but looks like a list. "
+                    "Give a list of triples (start, stop, sparsity) of numbers, or of mappings with those names."
+                )
             self._saved = Path(regions)
             settings = {"overlap": overlap, "max_search_steps": max_search_steps, "rewind": rewind, "norm": norm}
             settings |= asdict(self._allocation)
@@ -261,6 +267,7 @@ class TimestepAwarePruner(Continuing):
         if present is None and self._saved is not None:
             self._take_saved(trainer, pl_module, self._saved)
         elif present is not None:
+            check_trained(trainer, *present)
             self._resume(trainer, *present)
 
     @override

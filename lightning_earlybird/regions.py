@@ -29,8 +29,8 @@ class TimestepRegion:
             ``max_steps`` is not a positive integer.
     """
 
-    start: float
-    stop: float
+    start: int | float
+    stop: int | float
     sparsity: float
     max_steps: int | None = None
 
@@ -54,7 +54,7 @@ class TimestepRegion:
             )
 
 
-RegionLike: TypeAlias = TimestepRegion | Sequence[float] | Mapping[str, Any]
+RegionLike: TypeAlias = Sequence[int | float | None] | Mapping[str, Any] | TimestepRegion
 """A region, a triple ``(start, stop, sparsity)`` with an optional fourth ``max_steps``, or a mapping of those names."""
 
 
@@ -204,6 +204,37 @@ class TimestepPartition:
             moved |= heads & (indices == index) & (values < upper)
         return indices - moved.long()
 
+    def blend(self, timesteps: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
+        """How two neighbours share each timestep where outputs are blended instead of switched.
+
+        Inside the overlap above a boundary b, with t in [b, b + overlap), the output is that of both tickets::
+
+            (1 - w) * lower(t) + w * upper(t),    w = (t - b) / overlap
+
+        which is the lower ticket's alone at b and the upper one's from b + overlap on, so that nothing jumps. Both have
+        been trained there. Elsewhere w is 1.
+
+        Differs from the paper, which switches at b.
+
+        Args:
+            timesteps: As for :meth:`lookup`.
+            check: As for :meth:`lookup`.
+
+        Returns:
+            Index of each timestep's own region, the upper ticket's, long, and the weight w, double, both of the same
+            shape and on the same device. The rest belongs to the region below.
+
+        Raises:
+            ValueError: If ``check`` and a timestep lies outside ``[start, stop)`` or is NaN.
+        """
+        indices = self.lookup(timesteps, check=check)
+        weights = torch.ones_like(indices, dtype=torch.float64)
+        if self.overlap > 0:
+            for index, region in enumerate(self.regions[1:], start=1):
+                share = ((timesteps.double() - region.start) / self.overlap).clamp(0, 1)
+                weights = torch.where(indices == index, share, weights)
+        return indices, weights
+
     def check_inside(self, timesteps: Tensor, indices: Tensor) -> None:
         """Refuses timesteps that no region serves; costs one host synchronisation.
 
@@ -287,6 +318,8 @@ def _parse_region(region: RegionLike, index: int) -> TimestepRegion:
     names = [field.name for field in fields(TimestepRegion)]
     if isinstance(region, Mapping):
         given = dict(region)
+        if set(given) == {"class_path", "init_args"} and isinstance(given["init_args"], Mapping):
+            given = dict(given["init_args"])  # as LightningCLI writes objects
     elif isinstance(region, Sequence) and not isinstance(region, (str, bytes)) and len(region) <= len(names):
         given = dict(zip(names, region, strict=False))
     else:

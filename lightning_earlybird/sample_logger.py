@@ -179,6 +179,7 @@ class SampleLogger(pl.Callback):
                 generator=torch.Generator().manual_seed(self.seed),
                 class_labels=None if self.class_labels is None else torch.as_tensor(self.class_labels),
                 batch_size=self.batch_size,
+                clip=self.decode is None,
                 progress=False,
             )
             if self.decode is not None:

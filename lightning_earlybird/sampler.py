@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,38 +15,58 @@ from torch import Tensor, nn
 
 from lightning_earlybird.checkpoint_tickets import PathLike, Weights, load_tickets
 from lightning_earlybird.ensemble import TicketEnsemble, map_tensors
+from lightning_earlybird.hub import find_ensemble, upload_ensemble
+from lightning_earlybird.loader_options import check_loading, convert, device_of
+from lightning_earlybird.sampling import (
+    check_positive,
+    denoise,
+    describe_unvisited,
+    evaluating,
+    labels_of,
+    owners_of,
+    prepared,
+)
+from lightning_earlybird.stand_in import StandIn
 from lightning_earlybird.tickets import load_ensemble, save_ensemble
 
 if TYPE_CHECKING:
     import lightning as L
 
 
-class TicketEnsembleSampler(TicketEnsemble):
+class TicketEnsembleSampler(StandIn):
     """The trained tickets as one model: samples, saves, loads, and stands in for ``unet`` in diffusers pipelines.
 
     Args:
         tickets: The extracted networks, one per region, in region order. Not copied.
         partition: The regions of the time axis.
         timesteps: Where the tickets' ``forward`` takes the timesteps.
+        offload: Whether to keep only the ticket that is called on the device that the sampler is moved to, and the
+            others in the CPU's memory. In a descending schedule each ticket moves there once.
+        blend: Whether to blend the outputs of neighbours linearly inside the overlap, in evaluation mode, instead of
+            switching at the boundary as the paper does; see :meth:`TimestepPartition.blend`. Steps in there cost two
+            calls.
 
     Raises:
-        ValueError: If the number of tickets is not the number of regions.
+        ValueError: If the number of tickets is not the number of regions, or there is no overlap to blend in.
 
     Example::
 
         sampler = TicketEnsembleSampler.from_trainer(trainer)
         images = sampler.sample(64, scheduler=DDIMScheduler(num_train_timesteps=1000), num_inference_steps=100)
         sampler.save_pretrained("ensemble/")
+        DDPMPipeline(unet=sampler, scheduler=scheduler).save_pretrained("pipeline/")
     """
 
     @classmethod
-    def from_trainer(cls, trainer: L.Trainer) -> TicketEnsembleSampler:
+    def from_trainer(cls, trainer: L.Trainer, *, offload: bool = False, blend: bool = False) -> TicketEnsembleSampler:
         """A sampler with copies of the tickets that a Trainer has trained, in evaluation mode.
 
         The weights are the averaged ones where a ``WeightAveraging`` callback keeps such. The trainer is left alone.
 
         Args:
             trainer: A Trainer whose fit has turned the denoiser into tickets.
+            offload: See the class.
+            blend: See the class.
 
         Raises:
             RuntimeError: If its module holds no ensemble of tickets, several, or one whose other tickets are being
@@ -73,23 +94,72 @@ class TicketEnsembleSampler(TicketEnsemble):
                 f"the trainer's module holds the tickets {list(ensembles[0].hosted)} of {len(ensembles[0].tickets)}: "
                 "other ranks train the rest. They come together at the end of the fit; sample after it."
             )
-        return cls._of(copy.deepcopy(ensembles[0]))
+        return cls._of(copy.deepcopy(ensembles[0]), offload, blend)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], denoiser: Callable[[], nn.Module] | None = None
+        cls,
+        directory: str | os.PathLike[str],
+        denoiser: Callable[[], nn.Module] | None = None,
+        *,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+        offload: bool = False,
+        blend: bool = False,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **loading: Any,
     ) -> TicketEnsembleSampler:
-        """A sampler from a directory that :meth:`save_pretrained` wrote; see :func:`~.tickets.load_ensemble`.
+        """A sampler from what :meth:`save_pretrained` wrote; see :func:`~.tickets.load_ensemble`.
 
         Args:
-            directory: The ensemble's directory.
+            directory: The ensemble's directory, or the name of a repository on the Hugging Face hub.
             denoiser: Builds the dense network; needed where that is not a diffusers model.
+            subfolder: Where the ensemble is inside the directory, such as ``"unet"`` in a pipeline's.
+            dtype: Floating dtype to convert the tickets to; None leaves them as they were saved.
+            device_map: A device to move the tickets to, also as ``{"": device}``.
+            offload: See the class.
+            blend: See the class.
+            revision: Of the repository; like the rest, it has no effect on a local directory.
+            cache_dir: Where downloaded files are kept.
+            token: For repositories that are not public.
+            force_download: Whether to download again.
+            local_files_only: Whether to look into the cache only.
+            **loading: What diffusers tells all networks about loading: ``torch_dtype``, its former name of ``dtype``,
+                and ``low_cpu_mem_usage`` and the like, which make no difference to an ensemble.
 
         Raises:
             EnsembleFormatError: If the directory is damaged, truncated, foreign or of a newer format.
-            ValueError: If the network is not a diffusers model and ``denoiser`` is None.
+            FileNotFoundError: If it is a repository that could not be had.
+            TypeError: If there is an argument that neither we nor diffusers know.
+            ValueError: If the network is not a diffusers model and ``denoiser`` is None, or if something is asked for
+                that ensembles cannot do.
         """
-        return cls._of(load_ensemble(directory, denoiser))
+        former_name = loading.pop("torch_dtype", None)
+        dtype = former_name if dtype is None else dtype
+        check_loading(dtype, loading)
+        device = device_of(device_map)
+        folder = find_ensemble(
+            directory,
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        ensemble = load_ensemble(folder, denoiser)
+        if dtype is not None:
+            for ticket in ensemble.tickets:
+                convert(ticket, dtype)
+        sampler = cls._of(ensemble, offload, blend)
+        if device is not None:
+            sampler.to(device)
+        return sampler
 
     @classmethod
     def from_checkpoint(
@@ -98,6 +168,8 @@ class TicketEnsembleSampler(TicketEnsemble):
         denoiser: Callable[[], nn.Module] | None = None,
         *,
         weights: Weights = "auto",
+        offload: bool = False,
+        blend: bool = False,
     ) -> TicketEnsembleSampler:
         """A sampler from a Lightning checkpoint that was taken after the switch, without Trainer and module.
 
@@ -109,6 +181,8 @@ class TicketEnsembleSampler(TicketEnsemble):
             denoiser: Builds the dense network; needed where that is not a diffusers model.
             weights: ``"ema"`` for those that a ``WeightAveraging`` callback kept, ``"raw"`` for the live ones;
                 ``"auto"`` is averaged where there are such, as in :meth:`from_trainer`.
+            offload: See the class.
+            blend: See the class.
 
         Raises:
             EnsembleFormatError: If the file is damaged, or of a newer format; the message names the field.
@@ -118,18 +192,27 @@ class TicketEnsembleSampler(TicketEnsemble):
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         if not paths:
             raise ValueError("path=[] must name at least one checkpoint.")
-        return cls._of(load_tickets(paths, denoiser, weights))
+        return cls._of(load_tickets(paths, denoiser, weights), offload, blend)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the ensemble as safetensors and JSON; see :func:`~.tickets.save_ensemble`.
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
+    ) -> None:
+        """Writes the ensemble as safetensors and JSON, with a model card; see :func:`~.tickets.save_ensemble`.
 
         Args:
             directory: Where to write; new, empty, or a saved ensemble, which is replaced.
+            safe_serialization: True; diffusers asks so whether to avoid pickle.
+            variant: None; diffusers' name for files of another precision beside the first ones.
 
         Raises:
             FileExistsError: If something else is there.
-            ValueError: If the sampler was put together by hand and has no ``record``.
+            ValueError: If the sampler was put together by hand and has no ``record``, or for other values of the two.
         """
+        if not safe_serialization or variant is not None:
+            raise ValueError(
+                f"safe_serialization={safe_serialization!r}, variant={variant!r}: an ensemble has one set of files, "
+                "which are safetensors; save other precisions in directories of their own, without these arguments."
+            )
         if self.record is None:
             raise ValueError(
                 "record=None: this sampler does not know how its tickets differ from the dense network; get it with "
@@ -145,15 +228,40 @@ class TicketEnsembleSampler(TicketEnsemble):
             sample_shape=self.record.sample_shape,
         )
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tickets."""
-        return next(self.parameters()).device
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Writes the ensemble, with its model card, to the Hugging Face hub.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating dtype of the tickets."""
-        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        Args:
+            repo_id: The repository, ``"user/ensemble"``; made where there is none.
+            private: Whether a new one is private; None is the owner's default.
+            token: To write with; None takes the one of ``hf auth login``.
+            commit_message: Of the commit.
+            create_pr: Whether to make a pull request instead.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: See :meth:`save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_ensemble(
+                Path(folder),
+                repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
 
     @torch.no_grad()
     def sample(
@@ -165,6 +273,7 @@ class TicketEnsembleSampler(TicketEnsemble):
         generator: torch.Generator | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
+        clip: bool = True,
         progress: bool = True,
         **model_kwargs: Any,
     ) -> Tensor:
@@ -177,11 +286,14 @@ class TicketEnsembleSampler(TicketEnsemble):
             generator: Source of all noise; the starting noise is drawn on its device.
             class_labels: For class-conditional denoisers: one label for all images, or one per image.
             batch_size: Images sampled at once; None for all. With one generator, other sizes give other images.
+            clip: Whether to clip images to [-1, 1] at the end. False for latents, which know no bounds; the scheduler's
+                own ``clip_sample`` must be False for them, too.
             progress: Whether to show a progress bar.
             **model_kwargs: Passed to the tickets; tensors with one row per image are split into the same batches.
 
         Returns:
-            Images, shape (num_images, C, H, W), values in [-1, 1], in the tickets' dtype and on their device.
+            Images, shape (num_images, C, H, W), values in [-1, 1] unless ``clip=False``, in the tickets' dtype and on
+            their device.
 
         Raises:
             TypeError: If the scheduler has no ``set_timesteps`` or ``step``, or the tickets return no tensor.
@@ -190,25 +302,19 @@ class TicketEnsembleSampler(TicketEnsemble):
         """
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-        for name, value in (("num_images", num_images), ("num_inference_steps", num_inference_steps)):
-            _check_positive(name, value)
+        check_positive("num_images", num_images)
         if batch_size is not None:
-            _check_positive("batch_size", batch_size)
-        for method in ("set_timesteps", "step"):
-            if not hasattr(scheduler, method):
-                raise TypeError(
-                    f"scheduler is a {type(scheduler).__name__} without {method}(); pass a diffusers scheduler such as "
-                    "DDIMScheduler(num_train_timesteps=1000)."
-                )
+            check_positive("batch_size", batch_size)
+        # All regions are looked up beforehand: a wrong time unit shows at once, and no step waits for the device.
+        timesteps = self._checked(scheduler, num_inference_steps)
+        owners, weights = (each.tolist() for each in self.partition.blend(timesteps))
         shape = self._sample_shape()
         if class_labels is not None:
-            model_kwargs["class_labels"] = _labels(class_labels, num_images)
+            model_kwargs["class_labels"] = labels_of(class_labels, num_images)
         model_kwargs = map_tensors(model_kwargs, lambda tensor: tensor.to(self.device))
         size = batch_size or num_images
         starts = range(0, num_images, size)
-
-        # All regions are looked up beforehand: a wrong time unit shows at once, and no step waits for the device.
-        owners = self.partition.lookup(_prepared(scheduler, num_inference_steps).timesteps).tolist()
+        noise_device = self.device if generator is None else generator.device
         images = []
         with evaluating(self), tqdm(total=len(starts) * len(owners), disable=not progress, unit="step") as bar:
             for start in starts:
@@ -217,48 +323,76 @@ class TicketEnsembleSampler(TicketEnsemble):
                 def part(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
                     return tensor[start:stop] if tensor.dim() > 0 and len(tensor) == num_images else tensor
 
-                # Multistep schedulers remember earlier steps, so that each batch gets one of its own.
-                own = _prepared(scheduler, num_inference_steps, self.device)
                 kwargs = map_tensors(model_kwargs, part)
-                images.append(self._denoise((stop - start, *shape), own, owners, generator, kwargs, bar))
+
+                def predict(step: int, sample: Tensor, timestep: Tensor, kwargs: dict[str, Any] = kwargs) -> Tensor:
+                    region = self.regions[owners[step]]
+                    bar.set_description_str(
+                        f"sampling: ticket {owners[step] + 1} of {len(self.tickets)}, region "
+                        f"[{region.start:g}, {region.stop:g})",
+                        refresh=False,
+                    )
+                    bar.update()
+                    timestep = timestep.to(self.device)
+                    prediction = self._predict(owners[step], sample, timestep, kwargs)
+                    if not self.blend or weights[step] == 1:
+                        return prediction
+                    return torch.lerp(
+                        self._predict(owners[step] - 1, sample, timestep, kwargs), prediction, weights[step]
+                    )
+
+                noise = torch.randn((stop - start, *shape), generator=generator, device=noise_device, dtype=self.dtype)
+                # Multistep schedulers remember earlier steps, so that each batch gets one of its own.
+                own = prepared(scheduler, num_inference_steps, self.device)
+                images.append(denoise(predict, noise.to(self.device), own, generator, clip))
         return torch.cat(images)
 
-    def _denoise(
-        self,
-        shape: tuple[int, ...],
-        scheduler: Any,
-        owners: list[int],
-        generator: torch.Generator | None,
-        kwargs: dict[str, Any],
-        bar: Any,
-    ) -> Tensor:
-        """One batch from noise to images; ``owners`` holds the ticket of each of the scheduler's steps."""
-        noise_device = self.device if generator is None else generator.device
-        sample = torch.randn(shape, generator=generator, device=noise_device, dtype=self.dtype).to(self.device)
-        sample = sample * getattr(scheduler, "init_noise_sigma", 1.0)
-        step_kwargs = _accepted(scheduler.step, generator=generator)
-        for number, timestep in zip(owners, scheduler.timesteps, strict=True):
-            region = self.regions[number]
-            bar.set_description_str(
-                f"sampling: ticket {number + 1} of {len(self.tickets)}, region [{region.start:g}, {region.stop:g})",
-                refresh=False,
-            )
-            scaled = (
-                scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
-            )
-            prediction = self._predict(number, scaled, timestep.to(self.device), kwargs)
-            sample = scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
-            bar.update()
-        return sample.clamp(-1, 1)
+    def visits(self, scheduler: Any, num_inference_steps: int = 100) -> tuple[int, ...]:
+        """How many steps of a scheduler fall into each region, in the order of ``tickets``.
+
+        Args:
+            scheduler: As for :meth:`sample`; it is not changed.
+            num_inference_steps: Likewise.
+
+        Raises:
+            TypeError: If it is no scheduler.
+            ValueError: If the number is below 1, or a timestep lies outside the regions.
+        """
+        owners = owners_of(self.partition, prepared(scheduler, num_inference_steps))
+        return tuple(owners.count(number) for number in range(len(self.tickets)))
+
+    def check_scheduler(self, scheduler: Any, num_inference_steps: int = 100) -> None:
+        """Warns of regions that no step of a scheduler falls into, as :meth:`sample` does before it begins.
+
+        Call it for a scheduler that a diffusers pipeline will use: the pipeline shows the sampler one step at a time.
+
+        Args:
+            scheduler: As for :meth:`sample`; it is not changed.
+            num_inference_steps: Likewise.
+
+        Raises:
+            TypeError: If it is no scheduler.
+            ValueError: If the number is below 1, or a timestep lies outside the regions.
+        """
+        self._checked(scheduler, num_inference_steps)
+
+    def _checked(self, scheduler: Any, num_inference_steps: int) -> Tensor:
+        """The timesteps of a scheduler, on the host; regions without one are warned about."""
+        ready = prepared(scheduler, num_inference_steps)
+        owners = owners_of(self.partition, ready)
+        visits = [owners.count(number) for number in range(len(self.tickets))]
+        if told := describe_unvisited(self.partition, visits, ready):
+            warnings.warn(told, stacklevel=3)
+        return torch.as_tensor(ready.timesteps).cpu()
 
     def _predict(self, number: int, sample: Tensor, timestep: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Calls a ticket the way the denoiser is called in training: with one timestep per sample."""
         steps = timestep.expand(len(sample)).view(-1, *[1] * self.timesteps.trailing)
         name, position = self.timesteps.name, self.timesteps.position
         if position in (0, 1):
-            output = self.tickets[number](*((steps, sample) if position == 0 else (sample, steps)), **kwargs)
+            output = self._ticket(number)(*((steps, sample) if position == 0 else (sample, steps)), **kwargs)
         elif name is not None:
-            output = self.tickets[number](sample, **{name: steps}, **kwargs)
+            output = self._ticket(number)(sample, **{name: steps}, **kwargs)
         else:
             raise ValueError(
                 f"timesteps={self.timesteps}: the sampler passes the sample and the timesteps as first arguments; "
@@ -286,47 +420,11 @@ class TicketEnsembleSampler(TicketEnsemble):
         return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
     @classmethod
-    def _of(cls, ensemble: TicketEnsemble) -> TicketEnsembleSampler:
-        sampler = cls(list(ensemble.tickets), ensemble.partition, ensemble.timesteps)
+    def _of(cls, ensemble: TicketEnsemble, offload: bool, blend: bool) -> TicketEnsembleSampler:
+        sampler = cls(list(ensemble.tickets), ensemble.partition, ensemble.timesteps, offload=offload, blend=blend)
         sampler.record = ensemble.record
         return sampler.eval()
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode; afterwards every sub-module is in the mode that it was in."""
-    training = [each for each in module.modules() if each.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each in training:
-            each.training = True
-
-
-def _labels(labels: int | Sequence[int] | Tensor, num_images: int) -> Tensor:
-    tensor = torch.as_tensor(labels)
-    if tensor.dim() == 0:
-        return tensor.expand(num_images)
-    if len(tensor) != num_images:
-        raise ValueError(
-            f"class_labels has {len(tensor)} entries for num_images={num_images}; pass one label, or one per image."
-        )
-    return tensor
-
-
-def _prepared(scheduler: Any, num_inference_steps: int, device: torch.device | None = None) -> Any:
-    """A copy of the scheduler with its timesteps set."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, **_accepted(scheduler.set_timesteps, device=device))
-    return scheduler
-
-
-def _accepted(function: Callable[..., Any], **kwargs: Any) -> dict[str, Any]:
-    """Those keyword arguments that the function has a parameter for: schedulers differ in what they take."""
-    return {name: value for name, value in kwargs.items() if name in inspect.signature(function).parameters}
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+# Diffusers writes the name of this module into model_index.json, and looks the class up there.
+TicketEnsembleSampler.__module__ = "lightning_earlybird"

@@ -242,6 +242,11 @@ class MultiTicketStrategy(GroupedStrategy):
             split = self._phase.record(self._born, self._step_seconds, self._measured, self._layout)
         FitRecord(self._fit, self._session, self._places(trainer), split).write(checkpoint)
 
+    def note_progress(self) -> None:
+        """Says that this rank has come further: for hooks that take long, whose rank would be given up for hanging."""
+        if self._liaison is not None:
+            self._liaison.progress()
+
     @property
     def turn_outputs(self) -> dict[int, STEP_OUTPUT]:
         """Ticket -> what ``training_step`` returned in its turn on the present batch; empty before the switch."""

@@ -21,6 +21,7 @@ from lightning_earlybird.durable import settle, written_aside
 from lightning_earlybird.ensemble import TicketEnsemble, TimestepArgument
 from lightning_earlybird.files import EnsembleFormatError, Field, is_plain_file, read_json, sha256_of
 from lightning_earlybird.masks import TicketMask
+from lightning_earlybird.model_card import CARD_FILE, model_card
 from lightning_earlybird.records import (
     Edits,
     EnsembleRecord,
@@ -50,6 +51,8 @@ FORMAT_VERSION = 1
 INDEX_FILE = "ensemble.json"
 MASKS_FILE = "masks.safetensors"
 
+_LARGEST_CARD_BYTES = 1 << 20
+
 # What layers compute in; a ticket may have another of these than its dense network.
 _COMPUTING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -76,6 +79,8 @@ def check_target(directory: str | os.PathLike[str]) -> None:
             f"something else ({error}); {remedy}."
         ) from error
     ours = {path.name for path in folder.iterdir() if is_plain_file(path)} & (named | {INDEX_FILE, MASKS_FILE})
+    if _card_in(folder) is not None:
+        ours.add(CARD_FILE)  # whosever it is: what its owner has written is carried over
     if others := sorted({path.name for path in folder.iterdir()} - ours):
         raise FileExistsError(
             f"directory={str(folder)!r} holds a saved ensemble and other files, which replacing it would delete: "
@@ -93,9 +98,10 @@ def save_ensemble(
     facts: Sequence[TicketFacts] | None,
     sample_shape: Sequence[int] | None,
 ) -> None:
-    """Writes an ensemble: ``ensemble.json``, ``ticket_<i>.safetensors`` and, with masks, ``masks.safetensors``.
+    """Writes an ensemble: ``ensemble.json``, ``ticket_<i>.safetensors``, ``README.md`` and any ``masks.safetensors``.
 
-    The directory appears whole or not at all. An ensemble that was saved there before is replaced.
+    The directory appears whole or not at all. An ensemble that was saved there before is replaced; of its ``README.md``
+    only what this package wrote (see :mod:`~.model_card`).
 
     Args:
         directory: Where to write; new, empty, or a saved ensemble.
@@ -117,7 +123,10 @@ def save_ensemble(
         if values is not None and len(values) != len(tickets):
             raise ValueError(f"{name} has {len(values)} entries for {len(tickets)} tickets; pass one per ticket.")
     shape = None if sample_shape is None else tuple(sample_shape)
-    record = EnsembleRecord(denoiser, tuple(edits), (), tuple(facts or ()), shape).to_json()
+    described = EnsembleRecord(denoiser, tuple(edits), (), tuple(facts or ()), shape)
+    record = described.to_json()
+    card = _card_in(Path(directory))
+    former = None if card is None else card.read_bytes()
     with written_aside(Path(directory)) as aside:
         entries = []
         for number, ticket in enumerate(tickets):
@@ -140,6 +149,7 @@ def save_ensemble(
         if masks:
             flat = {f"{number}/{name}": kept for number, mask in enumerate(masks) for name, kept in mask.kept.items()}
             index["masks"] = _write_tensors(aside / MASKS_FILE, flat)
+        (aside / CARD_FILE).write_bytes(model_card(ensemble.partition, described, _package_version(), former))
         (aside / INDEX_FILE).write_text(json.dumps(index, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         check_target(directory)
 
@@ -381,6 +391,18 @@ def _restored(network: nn.Module, state: dict[str, Tensor], edits: Edits, entry:
         # mypy has no overload for a memory format alone.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def _card_in(folder: Path) -> Path | None:
+    """The model card in a directory, or what could be one."""
+    path = folder / CARD_FILE
+    return path if is_plain_file(path) and path.stat().st_size <= _LARGEST_CARD_BYTES else None
+
+
+def _package_version() -> str:
+    from lightning_earlybird import __version__  # which is set when all modules of the package have been imported
+
+    return __version__
 
 
 def _is_channels_last(module: nn.Module) -> bool:

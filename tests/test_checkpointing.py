@@ -244,6 +244,32 @@ def test_a_module_whose_fit_broke_off_can_load_a_checkpoint_later(kind: str, tmp
     assert trainer.global_step == 12 and isinstance(module.model, TicketEnsemble)
 
 
+class MadeEarly(Repeatable):
+    """Its optimizer is made with the module, and is then that of the dense network for ever."""
+
+    def __init__(self) -> None:
+        super().__init__(configure=lambda module: module.early)
+        self.early = torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("kind", ["pruner", "detector"])
+def test_a_resumed_fit_whose_optimizers_do_not_know_its_one_ticket_is_refused(kind: str, tmp_path: Path) -> None:
+    """Torch would not: one ticket has as many parameters as the dense network. Nothing would be trained."""
+
+    def callback() -> pl.Callback:
+        if kind == "detector":
+            return EarlyBirdDetector([0.5], window=2, threshold=1.0, round_to=4, on_emergence="prune")
+        return TimestepAwarePruner([(0, 1000, 0.5)], max_search_steps=4, round_to=4, dirpath=tmp_path / "tickets")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TimestepAwarePruner|max_search_steps|`configure_optimizers` does not give")
+        fit(MadeEarly(), callback(), max_epochs=3).save_checkpoint(tmp_path / "tickets.ckpt")
+    with pytest.raises(
+        MisconfigurationException, match=r"hold none of the parameters of the tickets in 'model', which"
+    ):
+        fit(MadeEarly(), callback(), max_epochs=4, ckpt_path=tmp_path / "tickets.ckpt")
+
+
 # --- testing ----------------------------------------------------------------------------------------------------------
 
 

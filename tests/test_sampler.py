@@ -27,7 +27,11 @@ from lightning_earlybird.structure import attribute_edits, extract, trace_plan
 from lightning_earlybird.tickets import EnsembleRecord, describe_denoiser
 
 # Raised inside diffusers' schedulers against NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    # Most tests here take fewer steps than anybody would; what is said of that is tested in test_visits.py.
+    pytest.mark.filterwarnings("ignore:.* so that the ticket trained for it is never called:UserWarning"),
+]
 
 REGIONS = [(0, 240, 0.25), (240, 440, 0.5), (440, 1000, 0.5)]
 FLAT = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
@@ -205,6 +209,16 @@ def test_a_batch_does_not_depend_on_the_one_before_it(sampler):
         for _ in range(2)
     ]
     assert torch.equal(together, torch.cat(single))
+
+
+def test_latents_are_not_clipped_when_told_so(sampler):
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    images, latents = (
+        sampler.sample(4, scheduler=scheduler, num_inference_steps=4, generator=seeded(), progress=False, clip=clip)
+        for clip in (True, False)
+    )
+    assert latents.abs().max() > 1
+    torch.testing.assert_close(images, latents.clamp(-1, 1), rtol=0, atol=0)
 
 
 def test_class_labels_reach_the_tickets_in_their_batches():

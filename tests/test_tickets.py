@@ -242,7 +242,7 @@ def test_the_record_survives(ensemble, saved):
 def test_saving_what_was_loaded_writes_the_same_bytes(saved, tmp_path):
     save(tmp_path / "again", load_ensemble(saved))
     names = sorted(path.name for path in saved.iterdir())
-    expected = ["ensemble.json", "masks.safetensors", *(f"ticket_{i}.safetensors" for i in range(3))]
+    expected = ["README.md", "ensemble.json", "masks.safetensors", *(f"ticket_{i}.safetensors" for i in range(3))]
     assert names == expected == sorted(path.name for path in (tmp_path / "again").iterdir())
     for name in names:
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

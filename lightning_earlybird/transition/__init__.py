@@ -4,7 +4,7 @@
 """
 
 from lightning_earlybird.transition.averages import averaged_modules, initial_share
-from lightning_earlybird.transition.checks import check_supported
+from lightning_earlybird.transition.checks import check_supported, check_trained
 from lightning_earlybird.transition.scores import forget_scores
 from lightning_earlybird.transition.switch import (
     let_tickets_idle,
@@ -16,6 +16,7 @@ from lightning_earlybird.transition.switch import (
 __all__ = [
     "averaged_modules",
     "check_supported",
+    "check_trained",
     "forget_scores",
     "initial_share",
     "let_tickets_idle",

@@ -101,6 +101,31 @@ def _check_batch_norm(strategy: Strategy, module: nn.Module) -> None:
             )
 
 
+def check_trained(trainer: pl.Trainer, name: str, network: nn.Module) -> None:
+    """Refuse a fit whose optimizers do not know the tickets that a checkpoint has put in the denoiser's place.
+
+    Torch compares the number of parameters only when it restores an optimizer, and one ticket has as many as the dense
+    network: the fit would go on without training anything.
+
+    Args:
+        trainer: The Trainer, once its optimizers are there.
+        name: Dotted name of the network, for the message.
+        network: What stands in the denoiser's place.
+
+    Raises:
+        MisconfigurationException: No optimizer holds a parameter of it.
+    """
+    members = [member for optimizer in trainer.optimizers for member in family(bare(optimizer))]
+    held = {id(p) for member in members for group in member.param_groups for p in group["params"]}
+    trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    if held and trained and not held & trained:
+        raise MisconfigurationException(
+            f"configure_optimizers returns optimizers that were made before the checkpoint was loaded: they hold none"
+            f" of the parameters of the tickets in {name!r}, which would not be trained. Make them in"
+            " `configure_optimizers`, from self.parameters()."
+        )
+
+
 def _check_optimizer(optimizer: Optimizer) -> None:
     members = family(optimizer)
     # Compared by storage, so that flat views of parameters are found as well as the parameters themselves.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +26,17 @@ def family(optimizer: Optimizer) -> list[Optimizer]:
         inner = [value for value in vars(member).values() if isinstance(value, Optimizer)]
         members += [value for value in inner if not any(value is known for known in members)]
     return members
+
+
+def made_beforehand(module: pl.LightningModule) -> list[Optimizer]:
+    """Optimizers that LightningCLI made of its ``--optimizer`` before there was a Trainer.
+
+    It binds them to the ``configure_optimizers`` that it gives the module, which returns the same ones at every call.
+    So they hold the dense parameters, also where a checkpoint has put tickets in their place before the fit begins.
+    """
+    function = getattr(module.configure_optimizers, "__func__", None)
+    bound = function.keywords.values() if isinstance(function, partial) else ()
+    return [value for value in bound if isinstance(value, Optimizer)]
 
 
 def succeed(optimizers: Iterable[Optimizer], module: pl.LightningModule, lineage: Lineage, inherit: Inherit) -> bool:

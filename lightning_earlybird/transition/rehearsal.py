@@ -16,6 +16,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers
 from torch.optim import Optimizer
 
+from lightning_earlybird.transition.optimizers import made_beforehand
+
 
 def bare(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     """The optimizer inside Lightning's wrapper, or the optimizer itself."""
@@ -26,8 +28,11 @@ def adopt_configured_order(module: pl.LightningModule, optimizers: Sequence[Opti
     """Reorder the parameters inside each group, in place, as ``configure_optimizers`` orders them.
 
     The hook is called once, on the changed module, and what it makes is thrown away. A group that it does not
-    reproduce keeps its order, with one warning.
+    reproduce keeps its order, with one warning. Optimizers of LightningCLI are not made anew in a fit that resumes, but
+    changed as they are here, and so come to the same order.
     """
+    if made_beforehand(module):
+        return
     fresh: list[Optimizer] = []
     problem = None
     with _left_untouched(module, optimizers):

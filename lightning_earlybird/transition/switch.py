@@ -18,7 +18,7 @@ from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.transition.averages import averaged_modules
 from lightning_earlybird.transition.compiled import compile_like, denoiser_context
 from lightning_earlybird.transition.lineage import Inherit, Lineage, Source, hand_down, match
-from lightning_earlybird.transition.optimizers import succeed
+from lightning_earlybird.transition.optimizers import made_beforehand, succeed
 from lightning_earlybird.transition.rehearsal import adopt_configured_order, bare
 from lightning_earlybird.transition.rollback import undone_on_error
 from lightning_earlybird.transition.slots import Edit, averaged_twins, put
@@ -67,9 +67,11 @@ def replace_denoiser(
         )
     strategy = trainer.strategy
     optimizers = [bare(optimizer) for optimizer in strategy.optimizers]
+    # While a checkpoint is loaded the fit has no optimizers yet.
+    beforehand = [made for made in made_beforehand(module) if not any(made is known for known in optimizers)]
     with (
         isolate_rng(include_cuda=strategy.root_device.type == "cuda"),
-        undone_on_error(module, optimizers) as edits,
+        undone_on_error(module, [*optimizers, *beforehand]) as edits,
     ):
         wrapped = unwrap_ddp(strategy)
         lineages = _exchange(module, name, build, source, edits, strategy.precision_plugin.convert_module)
@@ -77,6 +79,7 @@ def replace_denoiser(
         for lineage in lineages:
             hand_down(lineage, inherit)
             changed |= succeed(optimizers, module, lineage, inherit)
+            succeed(beforehand, module, lineage, inherit)
             _rekey_toggled(module, lineage)
         if changed:
             adopt_configured_order(module, optimizers)
