@@ -299,9 +299,6 @@ class EarlyBirdDetector(Continuing):
         if self._denoiser is not None:  # not in `setup`, which comes before the module's own and `configure_model`
             check_name(pl_module, self._denoiser)
         check_supported(trainer, pl_module, None if self._finished else self._denoiser)
-        search = ("sparsities", "window", "threshold", "every_n_epochs", "every_n_train_steps")
-        own = {name: getattr(self, name) for name in (*search, "score_batches", "score_threshold")} | self._settings
-        describe_run(trainer, own, namespace=self.figures.namespace)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -311,6 +308,9 @@ class EarlyBirdDetector(Continuing):
         if present is not None:
             check_trained(trainer, *present)
         self.figures.begin()
+        search = ("sparsities", "window", "threshold", "every_n_epochs", "every_n_train_steps")
+        own = {name: getattr(self, name) for name in (*search, "score_batches", "score_threshold")} | self._settings
+        describe_run(trainer, own, namespace=self.figures.namespace)
         call, self._saved_call = self._saved_call, None
         if call is not None and self.found is None and not self._finished:
             self._find(trainer, pl_module, DenoiserCall.read(self, call, pl_module.device))

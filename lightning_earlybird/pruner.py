@@ -39,6 +39,7 @@ from lightning_earlybird.parallel.timing import PassSeconds, StepClock, pass_sec
 from lightning_earlybird.probe import DenoiserCall, check_name
 from lightning_earlybird.regions import RegionLike, TimestepPartition, TimestepRegion
 from lightning_earlybird.reporting import (
+    MATPLOTLIB_AVAILABLE,
     LossReport,
     cost_of_dense,
     define_metrics,
@@ -251,7 +252,6 @@ class TimestepAwarePruner(Continuing):
         check_resumed(self._settings, self._saved_settings)  # not on loading, which tests and predictions do as well
         check_supported(trainer, pl_module)
         self._clock, self._ended = None, False
-        self._describe(trainer)
         if isinstance(trainer.strategy, MultiTicketStrategy):
             self._clock = StepClock(trainer.strategy.root_device)
             assert self.directory is not None
@@ -262,6 +262,7 @@ class TimestepAwarePruner(Continuing):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._describe(trainer)
         present = find_ensemble(pl_module)
         if present is None and self._saved is not None:
             self._take_saved(trainer, pl_module, self._saved)
@@ -450,6 +451,8 @@ class TimestepAwarePruner(Continuing):
         )
         detector.figures.draw(trainer, detector.windows, detector.threshold)
         report_switch(trainer, ensemble.record, self.switched_at, folder=detector.figures.folder)
+        if detector.figures.folder is not None and MATPLOTLIB_AVAILABLE:
+            rank_zero_info(f"TimestepAwarePruner: the figures are in {str(detector.figures.folder)!r}.")
         self._log_tickets(trainer, self.directory / "switch" if written else None, "switch")
         self._split(trainer, pl_module, self._step_seconds(trainer, ensemble, found.call, besides_s))
 

@@ -3,6 +3,8 @@
 Matplotlib and wandb are imported only where they are used.
 """
 
+from lightning_earlybird.reporting.accounts import wandb_is_offline as wandb_is_offline
+from lightning_earlybird.reporting.accounts import wandb_logger as wandb_logger
 from lightning_earlybird.reporting.artifacts import log_tickets as log_tickets
 from lightning_earlybird.reporting.figures import MATPLOTLIB_AVAILABLE as MATPLOTLIB_AVAILABLE
 from lightning_earlybird.reporting.figures import distance_figure as distance_figure

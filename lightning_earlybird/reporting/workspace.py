@@ -22,7 +22,8 @@ def describe_run(trainer: pl.Trainer, settings: Mapping[str, Any], *, namespace:
     What is there under the same name is left as it is. Does nothing on ranks other than the first.
 
     Args:
-        trainer: The Trainer of the fit, once the loggers have the module's own hyperparameters.
+        trainer: The Trainer of the fit, in ``on_train_start`` or later: the loggers then have the module's own
+            hyperparameters.
         settings: Name -> value, in plain types.
         namespace: What the names begin with.
     """

@@ -1,0 +1,42 @@
+"""W&B without a login: nothing is asked for, nothing fails, and it is said how the run gets to the service."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_earlybird.reporting import wandb_is_offline, wandb_logger
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+
+
+def test_without_a_login_the_run_stays_here_and_a_line_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        logger = wandb_logger("mine", save_dir=tmp_path, name="first")
+    assert logger._offline and logger._wandb_init["mode"] == "offline"
+    assert (logger._wandb_init["project"], logger._wandb_init["name"]) == ("mine", "first")
+    assert f"wandb sync {tmp_path / 'wandb'}/offline-run-*" in caplog.text
+    assert "run `wandb login` or set WANDB_API_KEY" in caplog.text
+
+
+def test_a_login_or_a_mode_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert wandb_is_offline("offline") and not wandb_is_offline("online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert not wandb_is_offline()
+    with caplog.at_level("INFO"):
+        assert not wandb_logger()._offline
+    assert "stays offline" not in caplog.text
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_is_offline()
+
+
+def test_another_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode='never' must be one of 'auto', 'online', 'offline'"):
+        wandb_logger(mode="never")  # type: ignore[arg-type]
