@@ -21,6 +21,8 @@ from torch import nn
 from lightning_earlybird import (
     EarlyBirdDetector,
     MultiTicketStrategy,
+    SampleLogger,
+    SpacedDDIMScheduler,
     TicketEnsemble,
     TicketEnsembleSampler,
     TimestepAwarePruner,
@@ -181,6 +183,24 @@ def test_a_criterion_is_a_name_a_function_or_a_class():
     powers = built(*DETECTOR, f"--trainer.callbacks.criterion={spec}", kind=EarlyBirdDetector).criterion
     assert isinstance(powers, Powers)
     assert powers.power == 3
+
+
+def decoded(latents: torch.Tensor) -> torch.Tensor:
+    return latents / 2
+
+
+def test_the_logger_of_samples_is_built_with_its_scheduler_and_decoder():
+    samples = built(
+        "--trainer.callbacks=SampleLogger",
+        "--trainer.callbacks.scheduler={class_path: lightning_earlybird.SpacedDDIMScheduler}",
+        f"--trainer.callbacks.decode={__name__}.decoded",
+        "--trainer.callbacks.class_labels=[0,1]",
+        "--trainer.callbacks.num_samples=2",
+        kind=SampleLogger,
+    )
+    assert isinstance(samples.scheduler, SpacedDDIMScheduler)
+    assert samples.decode is decoded
+    assert samples.class_labels == [0, 1]
 
 
 def test_sample_quality_is_built_with_its_scheduler():
