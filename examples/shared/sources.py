@@ -44,7 +44,11 @@ def latent_data(settings: DictConfig) -> LatentDataModule:
         sys.exit(f"{_program()}: data.path=null: give the file that examples/encode_latents.py wrote.")
     return _set_up(
         lambda: LatentDataModule(
-            settings.path, batch_size=settings.batch_size, labels=settings.labels, num_workers=settings.num_workers
+            settings.path,
+            batch_size=settings.batch_size,
+            labels=settings.labels,
+            limit=settings.limit,
+            num_workers=settings.num_workers,
         )
     )
 
