@@ -104,7 +104,7 @@ def test_celeba_trains_on_the_original_archive(tmp_path: Path) -> None:
 def test_flow_matching_trains_in_continuous_time(tmp_path: Path) -> None:
     write_cifar10_binary(tmp_path / "cifar-10-binary.tar.gz", per_batch=16)
     run = run_example(tmp_path, "flow.py", *TINY, "data.path=cifar-10-binary.tar.gz", "wandb.mode=disabled")
-    check_run(tmp_path, [(0, 300, 0.3), (300, 700, 0.6), (700, 1000, 0.8)], run)
+    check_run(tmp_path, [(0, 480, 0.3), (480, 710, 0.6), (710, 1000, 0.8)], run)
 
 
 @pytest.mark.slow
