@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+
+import wandb
 
 # What tells that a folder holds a run of an example.
 TRACES = ("metrics.csv", "checkpoints", "switch", "ensemble", "dense")

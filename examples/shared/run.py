@@ -7,12 +7,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
-import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+import wandb
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, TimestepPartition
 from lightning_earlybird.evaluation import SampleQuality
 from lightning_earlybird.reporting import ticket_table
