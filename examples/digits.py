@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import wandb
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from matplotlib.figure import Figure
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-import wandb
 from lightning_earlybird import TicketEnsembleSampler
 from lightning_earlybird.reporting import log_figure, log_metrics, ticket_table
 
