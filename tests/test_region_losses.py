@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.ensemble import TimestepArgument
 from lightning_earlybird.regions import TimestepPartition
+from lightning_earlybird.reporting.losses import LossReport
 from lightning_earlybird.reporting.region_losses import NotDerivableError, RegionLosses, WatchedBatch, watch_calls
 
 pytestmark = [pytest.mark.filterwarnings("ignore:max_search_steps=. reached")]
@@ -184,7 +185,7 @@ def test_sample_losses_are_told_from_gradients_whatever_the_target() -> None:
         batch.sample_losses()
 
 
-def test_state_goes_on_where_it_was_and_that_of_other_regions_is_refused() -> None:
+def test_state_goes_on_where_it_was_and_that_of_other_regions_is_left() -> None:
     losses = RegionLosses(PARTITION)
     losses.add_mean(1, torch.tensor(3.0))
     again = RegionLosses(PARTITION)
@@ -192,5 +193,24 @@ def test_state_goes_on_where_it_was_and_that_of_other_regions_is_refused() -> No
     again.add_mean(1, torch.tensor(5.0))
     assert again.take() == [None, 4.0]
     assert RegionLosses(PARTITION).state_dict(taken=True)["totals"].sum() == 0
-    with pytest.raises(TypeError, match="losses of 2 regions, not of 1"):
-        RegionLosses(TimestepPartition.whole(0.5)).load_state_dict(losses.state_dict(taken=False))
+    other = RegionLosses(TimestepPartition.whole(0.5))
+    other.load_state_dict(losses.state_dict(taken=False))
+    assert other.seen.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"seen": None}, "Tensor, NoneType, float"),
+        ({"seen_before_switch": "3"}, "Tensor, Tensor, str"),
+        ({"totals": torch.zeros(2, 5)}, r"shapes \(2, 5\) and \(2,\)"),
+        ({"seen": torch.zeros(2, 2)}, r"shapes \(2, 2\) and \(2, 2\)"),
+        ({"totals": torch.zeros(2, 2, dtype=torch.long)}, "shapes"),
+    ],
+)
+def test_a_damaged_state_is_told_when_it_is_read(change: dict[str, object], error: str) -> None:
+    state = RegionLosses(PARTITION).state_dict(taken=False) | change
+    with pytest.raises(TypeError, match=error):
+        LossReport().load_state_dict({"region_losses": state})
+    with pytest.raises(KeyError):
+        LossReport().load_state_dict({"region_losses": {"seen": torch.zeros(2)}})

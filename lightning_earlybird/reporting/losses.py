@@ -15,7 +15,13 @@ from lightning_earlybird.arguments import taken
 from lightning_earlybird.ensemble import TimestepArgument
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.reporting.loggers import log_metrics
-from lightning_earlybird.reporting.region_losses import NotDerivableError, RegionLosses, WatchedBatch, watch_calls
+from lightning_earlybird.reporting.region_losses import (
+    NotDerivableError,
+    RegionLosses,
+    WatchedBatch,
+    check_state,
+    watch_calls,
+)
 from lightning_earlybird.search import short_name
 from lightning_earlybird.switch_loss import SwitchLoss
 
@@ -178,6 +184,7 @@ class LossReport:
         """Inverse of :meth:`state_dict`; all of it may be absent.
 
         Raises:
+            KeyError: If the state lacks something.
             TypeError: If the state holds something else than losses.
         """
         if "losses" in state:
@@ -188,6 +195,8 @@ class LossReport:
             own.load_state_dict(losses)
         self.regions = None  # of an earlier fit
         self._saved = taken({"region_losses": None, **state}, "region_losses", dict, type(None))
+        if self._saved is not None:
+            check_state(self._saved)
 
     # --- small change
 

@@ -154,16 +154,13 @@ class RegionLosses:
         return {"totals": totals, "seen": self.seen.clone(), "seen_before_switch": self.seen_before_switch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`.
+        """Inverse of :meth:`state_dict`, for a state that :func:`check_state` has passed.
 
-        Raises:
-            TypeError: If the state is that of other regions.
+        That of other regions is left where it is: their tickets are refused elsewhere, by a message of their own.
         """
-        totals, seen = state["totals"], state["seen"]
-        if totals.shape != self._totals.shape or seen.shape != self.seen.shape:
-            raise TypeError(f"losses of {len(seen)} regions, not of {len(self.partition)}")
-        self._totals, self.seen = totals.clone(), seen.clone()
-        self.seen_before_switch = float(state["seen_before_switch"])
+        if state["seen"].shape == self.seen.shape:
+            self._totals, self.seen = state["totals"].double().cpu().clone(), state["seen"].double().cpu().clone()
+            self.seen_before_switch = float(state["seen_before_switch"])
 
     def _read(self, *, strict: bool) -> None:
         """Read what has been taken in; unless ``strict``, batches that do not tell are left out."""
@@ -187,6 +184,20 @@ class RegionLosses:
             self._totals[0].index_add_(0, owners[inside], samples[1][inside])
             self._totals[1].index_add_(0, owners[inside], ones)
             self.seen.index_add_(0, owners[inside], ones)
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Refuse what :meth:`RegionLosses.state_dict` cannot have given.
+
+    Raises:
+        KeyError: If something is missing.
+        TypeError: If it is something else than sums and counts, one for each region.
+    """
+    totals, seen, before = state["totals"], state["seen"], state["seen_before_switch"]
+    if not isinstance(before, float) or not isinstance(totals, Tensor) or not isinstance(seen, Tensor):
+        raise TypeError(f"losses by region: {type(totals).__name__}, {type(seen).__name__}, {type(before).__name__}")
+    if seen.dim() != 1 or totals.shape != (2, len(seen)) or not totals.is_floating_point() or totals.is_sparse:
+        raise TypeError(f"losses by region of the shapes {tuple(totals.shape)} and {tuple(seen.shape)}")
 
 
 def watch_calls(network: nn.Module, timesteps: TimestepArgument, batch: WatchedBatch) -> Callable[[], None]:
