@@ -1,8 +1,12 @@
 """W&B without a login: nothing is asked for, nothing fails, and it is said how the run gets to the service."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_earlybird.reporting import wandb_is_offline, wandb_logger
 
@@ -26,15 +30,23 @@ def test_without_a_login_the_run_stays_here_and_a_line_says_what_to_do(
     assert "run `wandb login` or set WANDB_API_KEY" in caplog.text
 
 
-def test_a_login_or_a_mode_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    assert wandb_is_offline("offline") and not wandb_is_offline("online")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert not wandb_is_offline()
-    with caplog.at_level("INFO"):
-        assert not wandb_logger()._offline
-    assert "stays offline" not in caplog.text
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_is_offline()
+def test_a_login_or_a_mode_decides() -> None:
+    assert wandb_is_offline("offline")
+    # In a process of its own: the client keeps the key for the rest of the process.
+    code = (
+        "import os; from lightning_earlybird.reporting import wandb_is_offline, wandb_logger\n"
+        "assert not wandb_is_offline() and not wandb_is_offline('online') and not wandb_logger()._offline\n"
+        "os.environ['WANDB_MODE'] = 'offline'; assert wandb_is_offline() and not wandb_is_offline('online')"
+    )
+    environment = os.environ | {"WANDB_API_KEY": "0" * 40}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "stays offline" not in done.stderr
+
+
+def test_online_without_a_login_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(MisconfigurationException, match="nobody is logged in to W&B here: run `wandb login` or set"):
+        wandb_logger(mode="online")
 
 
 def test_another_mode_is_refused() -> None:

@@ -1,14 +1,12 @@
 """The output folder of a run, and what it goes on from."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import wandb
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -71,26 +69,3 @@ def prepare_output(config: DictConfig) -> tuple[Path, Path | None]:
 
 def _named(resume: Any) -> Path | None:
     return Path(resume) if isinstance(resume, str) else None
-
-
-def wandb_is_offline(mode: str) -> bool:
-    """Whether W&B must stay offline; looks for a login without asking for one and without the network.
-
-    Args:
-        mode: ``"online"`` ends the program where nobody is logged in, ``"auto"`` says so and stays offline.
-    """
-    if mode == "offline" or (mode == "auto" and os.environ.get("WANDB_MODE", "online") != "online"):
-        return True
-    if wandb.login(prompt=False, verify=False):
-        return False
-    remedy = "Log in by `wandb login`, or set WANDB_API_KEY"
-    if mode == "online":
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: wandb.mode=online, but nobody is logged in to W&B here. {remedy}; or keep the "
-            "run on this disk by wandb.mode=offline, and upload it later by `wandb sync`."
-        )
-    rank_zero_info(
-        f"Nobody is logged in to W&B here: the run stays on this disk, for `wandb sync` later. {remedy} to have it "
-        "online, or leave it out by wandb.mode=disabled."
-    )
-    return True

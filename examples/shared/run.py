@@ -9,15 +9,15 @@ import lightning as L
 import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, TimestepPartition
 from lightning_earlybird.evaluation import SampleQuality
-from lightning_earlybird.reporting import ticket_table
+from lightning_earlybird.reporting import ticket_table, wandb_logger
 from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
-from shared.outputs import mistakes_told, prepare_output, wandb_is_offline
+from shared.outputs import mistakes_told, prepare_output
 from shared.reports import cost_report, score_table
 
 QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
@@ -119,19 +119,17 @@ def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> 
     loggers: list[Logger] = [CSVLogger(output, name="", version="")]
     logs = LogKeeper(loggers[0], wandb_id)
     if config.wandb.mode != "disabled":
-        offline = wandb_is_offline(config.wandb.mode)
-        loggers.append(
-            WandbLogger(
-                project=config.wandb.project,
-                name=config.wandb.get("name"),
-                save_dir=output,
-                offline=offline,
-                mode="offline" if offline else "online",
-                id=wandb_id,
-                resume="allow",
-                config=OmegaConf.to_container(config),
+        settings = {"name": config.wandb.get("name"), "id": wandb_id, "resume": "allow"}
+        with mistakes_told():  # nobody may be logged in
+            loggers.append(
+                wandb_logger(
+                    config.wandb.project,
+                    mode=config.wandb.mode,
+                    save_dir=output,
+                    config=OmegaConf.to_container(config),
+                    **settings,
+                )
             )
-        )
     if config.get("tensorboard"):
         loggers.append(TensorBoardLogger(output, name="tensorboard", version=""))
     return loggers, logs

@@ -15,8 +15,8 @@ from torchmetrics import Metric
 from lightning_earlybird.parallel.separate import folder_of
 from lightning_earlybird.reporting import tolerated
 
-# Under names of a region, too, nothing else can be logged than what is about its ticket.
-_OF_TICKET = re.compile(r"tickets?(_\d+)+/|earlybird/region_loss/")
+# The loss of a region is about its ticket, too, and the cost of the training about all.
+_OF_TICKET = re.compile(r"tickets?(_\d+)+/|earlybird/(region_loss/|cost_of_dense$)")
 
 
 def named_by_ticket(metrics: Mapping[str, Any], hosted: Sequence[int]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_earlybird.arguments import check_choice
 
@@ -22,15 +23,29 @@ def wandb_is_offline(mode: WandbMode = "auto") -> bool:
 
     Raises:
         ValueError: If the mode is none of these.
+        MisconfigurationException: If ``"online"`` is asked for and nobody is logged in.
     """
     check_choice("mode", mode, ("auto", "online", "offline"))
-    if mode != "auto":
-        return mode == "offline"
-    if os.environ.get("WANDB_MODE", "online") != "online":
+    if mode == "offline" or (mode == "auto" and os.environ.get("WANDB_MODE", "online") != "online"):
         return True
+    if _is_logged_in():
+        return False
+    if mode == "online":
+        raise MisconfigurationException(
+            "mode='online', but nobody is logged in to W&B here: run `wandb login` or set WANDB_API_KEY. "
+            "mode='offline' keeps the run on this machine, from where `wandb sync` brings it to the service later."
+        )
+    return True
+
+
+def _is_logged_in() -> bool:
     import wandb
 
-    return not wandb.login(prompt=False, verify=False)
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except Exception as error:  # of the client's own service, which can be too busy to answer, or of anything below it
+        rank_zero_warn(f"W&B could not say whether somebody is logged in ({type(error).__name__}: {error}).")
+        return False
 
 
 def wandb_logger(
@@ -49,6 +64,7 @@ def wandb_logger(
 
     Raises:
         ValueError: If the mode is none of the known ones.
+        MisconfigurationException: See :func:`wandb_is_offline`.
     """
     offline = wandb_is_offline(mode)
     if offline:
@@ -59,5 +75,5 @@ def wandb_logger(
         )
     # Lightning's `offline` alone does not keep a login from being asked for where WANDB_MODE says online.
     return WandbLogger(
-        project=project, save_dir=save_dir, offline=offline, mode="offline" if offline else "online", **settings
+        project=project, save_dir=Path(save_dir), offline=offline, mode="offline" if offline else "online", **settings
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from shared.outputs import mistakes_told, prepare_output, wandb_is_offline
+from shared.outputs import mistakes_told, prepare_output
 
 from lightning_earlybird import TimestepPartition
 
@@ -53,30 +53,6 @@ def test_what_cannot_be_an_output_folder_or_a_checkpoint_ends_the_program(tmp_pa
         prepare_output(settings(tmp_path / "file" / "below"))
     with pytest.raises(SystemExit, match=r"resume=nowhere.ckpt must be true, false or a checkpoint; there is no such"):
         prepare_output(settings(tmp_path / "new", resume="nowhere.ckpt"))
-
-
-def test_wandb_stays_offline_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wandb_is_offline("offline")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_is_offline("auto")
-
-
-@pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nobody is logged in to W&B, for the real client."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-
-@pytest.mark.usefixtures("nobody")
-def test_without_a_login_wandb_is_offline_and_nobody_is_asked(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        assert wandb_is_offline("auto")
-    with pytest.raises(SystemExit, match=r"wandb.mode=online, but nobody is logged in .* `wandb login`"):
-        wandb_is_offline("online")
-    assert "Nobody is logged in to W&B here: the run stays on this disk" in caplog.text
 
 
 def test_only_mistakes_in_settings_become_sentences() -> None:

@@ -31,6 +31,11 @@ def test_what_is_known_of_each_ticket_apart_is_not_given_out_as_the_rank_s():
     assert named_by_ticket(metrics, [1, 2]) == expected
 
 
+def test_what_is_known_of_regions_and_of_all_tickets_keeps_its_name():
+    metrics = {"earlybird/region_loss/0-300": 1.0, "earlybird/cost_of_dense": 0.5}
+    assert named_by_ticket(metrics, [0, 1]) == metrics
+
+
 def test_names_that_only_look_like_a_ticket_s_are_the_rank_s_own():
     assert named_by_ticket({"ticket_price": 1.0, "my_ticket_1/x": 2.0}, [0]) == {
         "ticket_0/ticket_price": 1.0,
