@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -95,10 +96,13 @@ class Powers:
 
 
 @pytest.fixture(autouse=True)
-def _a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])  # LightningCLI warns about arguments of the test runner
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning 2.6 itself calls
+    yield
+    if torch.distributed.is_initialized():  # of a strategy, which leaves it to the end of the process
+        torch.distributed.destroy_process_group()
 
 
 def command_line(*arguments: str, module: type[pl.LightningModule] = Module, run: bool = False) -> LightningCLI:
@@ -389,7 +393,7 @@ def test_the_example_configuration_runs_as_the_documentation_says(tmp_path: Path
         "--optimizer.lr=2e-4",
         *short,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the denoiser has become 3 tickets" in done.stderr + done.stdout
     (ensemble,) = tmp_path.glob("lightning_logs/version_0/tickets/ensemble")

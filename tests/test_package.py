@@ -94,5 +94,9 @@ def test_the_snippets_of_the_documents_run_as_printed(
     """In their order: later ones may use what earlier ones have made."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "snippets"}
-    for snippet in SNIPPETS[document]:
-        exec(compile(snippet, str(document), "exec"), names)
+    try:
+        for snippet in SNIPPETS[document]:
+            exec(compile(snippet, str(document), "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():  # of a strategy, which leaves it to the end of the process
+            torch.distributed.destroy_process_group()
