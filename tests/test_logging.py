@@ -160,7 +160,7 @@ class TestWandb:
             assert (
                 files.keys()
                 == saved.keys()
-                == {"ensemble.json", "masks.safetensors"} | {f"ticket_{index}.safetensors" for index in (0, 1)}
+                == {"README.md", "ensemble.json", "masks.safetensors"} | {f"ticket_{index}.safetensors" for index in (0, 1)}
             )
             assert all(files[name].read_bytes() == saved[name].read_bytes() for name in saved)
 
