@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from shared.data import LatentDataModule
 from shared.latents import Decoder
-from shared.module import DiffusionModule, FlowModule
+from shared.module import DiffusionModule, FlowModule, build_transformer, build_unet
+from shared.sampling import build_sampling
 from shared.settings import CONFIGS, FlowImageSettings, ImageSettings, LatentImageSettings, merge_settings
 from torch import Tensor, nn
 
@@ -153,3 +154,30 @@ def test_the_best_denoiser_of_latents_samples_what_decodes_to_the_image(tmp_path
     images = Decoder(autoencoder, data.train)(samples)
     assert torch.allclose(images, expected.expand_as(images), atol=1e-3)
     assert expected.std() > 0.05  # so that the comparison says something
+
+
+@pytest.mark.parametrize(
+    ("override", "size", "message"),
+    [
+        ("model.channels=[48,64]", 32, r"every width must be a multiple of model.norm_groups=32; change"),
+        ("model.attention=[7]", 32, r"model.attention=\[7\]: .* have the sides \[32, 16, 8, 4\]; list some"),
+        ("model.attention=[]", 30, r"halve images 3 times, and their side is 30; take a multiple of 8"),
+    ],
+)
+def test_a_network_that_cannot_be_says_what_to_change(override: str, size: int, message: str) -> None:
+    model = merge_settings(CONFIGS / "cifar10.yaml", [override], ImageSettings).model
+    with pytest.raises(SystemExit, match=message):
+        build_unet(model, size=size, channels=3)
+
+
+def test_latents_that_do_not_fall_into_patches_are_refused() -> None:
+    model = merge_settings(CONFIGS / "latent.yaml", [], LatentImageSettings).model
+    with pytest.raises(SystemExit, match=r"model.patch_size=2: latents have the side 7, which must be a multiple"):
+        build_transformer(model, size=7, channels=4, num_classes=2)
+
+
+@pytest.mark.parametrize("override", ["sampling.num_samples=0", "evaluation.batch_size=0", "evaluation.num_samples=-1"])
+def test_wrong_numbers_of_samples_end_with_a_sentence(override: str) -> None:
+    config = merge_settings(CONFIGS / "cifar10.yaml", ["recipe=smoke", override], ImageSettings)
+    with pytest.raises(SystemExit, match=override.partition(".")[2].replace("=", "=.*")):
+        build_sampling(config, None, "images")
