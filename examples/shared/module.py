@@ -129,7 +129,21 @@ def build_unet(model: DictConfig, *, size: int, channels: int, num_classes: int 
     """
     sides = [size >> level for level in range(len(model.channels))]
     if unknown := sorted(set(model.attention) - set(sides)):
-        raise SystemExit(f"model.attention={unknown}: feature maps of a {size}x{size} image have the sides {sides}.")
+        raise SystemExit(
+            f"model.attention={unknown}: feature maps of a {size}x{size} image have the sides {sides}; list some of "
+            "them, or none."
+        )
+    halvings = len(model.channels) - 1
+    if size % 2**halvings:
+        raise SystemExit(
+            f"model.channels={list(model.channels)}: {len(model.channels)} levels halve images {halvings} times, and "
+            f"their side is {size}; take a multiple of {2**halvings} for data.size, or fewer levels."
+        )
+    if any(width % model.norm_groups for width in model.channels):
+        raise SystemExit(
+            f"model.channels={list(model.channels)}: every width must be a multiple of "
+            f"model.norm_groups={model.norm_groups}; change the widths, or the groups."
+        )
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
@@ -150,6 +164,11 @@ def build_unet(model: DictConfig, *, size: int, channels: int, num_classes: int 
 
 def build_transformer(model: DictConfig, *, size: int, channels: int, num_classes: int) -> DiTTransformer2DModel:
     """A DiT (arXiv 2212.09748) for latents of side ``size``; its labels are class numbers."""
+    if size % model.patch_size:
+        raise SystemExit(
+            f"model.patch_size={model.patch_size}: latents have the side {size}, which must be a multiple of it; take "
+            "another patch size."
+        )
     return DiTTransformer2DModel(
         sample_size=size,
         in_channels=channels,

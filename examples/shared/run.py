@@ -64,26 +64,26 @@ def train(
     """
     warnings.filterwarnings("ignore", message=QUIET)
     started = time.perf_counter()
-    average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
-    watchers, pruner = build_pruning(config, output)
-    keeper = DenseKeeper(average, pruner, output / "dense")
-    loggers, logs = build_loggers(config, output, checkpoint)
-    trainer = L.Trainer(
-        **{**config.trainer, "devices": _plain(config.trainer.devices)},
-        logger=loggers,
-        callbacks=[
-            average,
-            keeper,
-            *watchers,
-            pruner,
-            *sampling,
-            logs,
-            PhaseBar(pruner),
-            build_checkpoints(config, output),
-        ],
-        enable_model_summary=False,
-    )
     with mistakes_told():
+        average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
+        watchers, pruner = build_pruning(config, output)
+        keeper = DenseKeeper(average, pruner, output / "dense")
+        loggers, logs = build_loggers(config, output, checkpoint)
+        trainer = L.Trainer(
+            **{**config.trainer, "devices": _plain(config.trainer.devices)},
+            logger=loggers,
+            callbacks=[
+                average,
+                keeper,
+                *watchers,
+                pruner,
+                *sampling,
+                logs,
+                PhaseBar(pruner),
+                build_checkpoints(config, output),
+            ],
+            enable_model_summary=False,
+        )
         trainer.fit(module, data, ckpt_path=checkpoint)
     if trainer.is_global_zero and pruner.facts:
         for logger in loggers:
