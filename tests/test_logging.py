@@ -157,11 +157,8 @@ class TestWandb:
             assert [ticket["region"]["sparsity"] for ticket in metadata["tickets"]] == [0.25, 0.5]
             files = {entry.path: Path(entry.local_path) for entry in version.manifest.contents}
             saved = {path.name: path for path in (root / "tickets" / folder).iterdir()}
-            assert (
-                files.keys()
-                == saved.keys()
-                == {"README.md", "ensemble.json", "masks.safetensors"} | {f"ticket_{index}.safetensors" for index in (0, 1)}
-            )
+            tickets = {f"ticket_{index}.safetensors" for index in (0, 1)}
+            assert files.keys() == saved.keys() == {"README.md", "ensemble.json", "masks.safetensors"} | tickets
             assert all(files[name].read_bytes() == saved[name].read_bytes() for name in saved)
 
     def test_settings_are_in_the_configuration_and_nothing_of_the_users_is_overwritten(self, run: OfflineRun) -> None:

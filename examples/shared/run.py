@@ -138,6 +138,8 @@ def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> 
 def build_checkpoints(config: DictConfig, output: Path) -> ModelCheckpoint:
     """One file that each checkpoint replaces, or all of them beside it."""
     settings, folder = dict(config.checkpoint), output / "checkpoints"
+    if settings.get("every_n_train_steps"):
+        settings["every_n_epochs"] = None  # ModelCheckpoint takes one of the two
     if settings.pop("keep_all", False):
         return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_last=True, **settings)
     return ModelCheckpoint(folder, filename="last", enable_version_counter=False, **settings)
