@@ -85,7 +85,7 @@ numpy.save({str(tmp_path / "images.npy")!r}, pipeline(
 """
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=400, env=environment, check=False
     )
     if not imports:
         assert "import lightning_earlybird before calling `from_pretrained`" in done.stderr
