@@ -8,24 +8,7 @@ python examples/celeba.py resume=true                                  # goes on
 
 import sys
 
-from shared.module import DiffusionModule, build_unet
-from shared.run import begin, laid_out, train
-from shared.sampling import build_sampling
-from shared.settings import CONFIGS, ImageSettings, read_settings
-from shared.sources import image_data
-
-
-def main(arguments: list[str]) -> None:
-    config = read_settings(CONFIGS / "celeba.yaml", arguments, ImageSettings)
-    output, checkpoint = begin(config)
-    data = image_data(config.data, output)
-    channels = data.train.images.shape[1]
-    unet = build_unet(config.model, size=config.data.size, channels=channels, num_classes=data.num_classes)
-    module = DiffusionModule(laid_out(unet, config.model), config.diffusion, config.optimizer)
-    scheduler = module.sampling_scheduler(config.sampling)
-    sampling = build_sampling(config, scheduler, data.train, num_classes=data.num_classes)
-    train(config, module, data, output, checkpoint, sampling)
-
+from cifar10 import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], "celeba.yaml")

@@ -16,8 +16,8 @@ from shared.settings import CONFIGS, ImageSettings, read_settings
 from shared.sources import image_data
 
 
-def main(arguments: list[str]) -> None:
-    config = read_settings(CONFIGS / "cifar10.yaml", arguments, ImageSettings)
+def main(arguments: list[str], base: str) -> None:
+    config = read_settings(CONFIGS / base, arguments, ImageSettings)
     output, checkpoint = begin(config)
     data = image_data(config.data, output)
     channels = data.train.images.shape[1]
@@ -29,4 +29,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], "cifar10.yaml")

@@ -149,7 +149,7 @@ class TestWandb:
 
     def test_tickets_are_versions_of_an_artifact_with_their_files(self, run: OfflineRun, root: Path) -> None:
         versions = [artifact for artifact in run.artifacts if artifact.type == "tickets"]
-        assert [list(version.aliases) for version in versions] == [["switch", "latest"], ["final", "latest"]]
+        assert [set(version.aliases) for version in versions] == [{"switch", "latest"}, {"final", "latest"}]
         assert len({version.name for version in versions}) == 1
         for version, folder, step in zip(versions, ("switch", "ensemble"), (SWITCH, END), strict=True):
             metadata = json.loads(version.metadata)
@@ -157,11 +157,8 @@ class TestWandb:
             assert [ticket["region"]["sparsity"] for ticket in metadata["tickets"]] == [0.25, 0.5]
             files = {entry.path: Path(entry.local_path) for entry in version.manifest.contents}
             saved = {path.name: path for path in (root / "tickets" / folder).iterdir()}
-            assert (
-                files.keys()
-                == saved.keys()
-                == {"ensemble.json", "masks.safetensors"} | {f"ticket_{index}.safetensors" for index in (0, 1)}
-            )
+            tickets = {f"ticket_{index}.safetensors" for index in (0, 1)}
+            assert files.keys() == saved.keys() == {"README.md", "ensemble.json", "masks.safetensors"} | tickets
             assert all(files[name].read_bytes() == saved[name].read_bytes() for name in saved)
 
     def test_settings_are_in_the_configuration_and_nothing_of_the_users_is_overwritten(self, run: OfflineRun) -> None:

@@ -107,7 +107,7 @@ def test_tickets_that_cannot_be_written_at_the_switch_do_not_end_the_training(fa
     texts = [str(warning.message) for warning in warned]
     lost, *figures = [text for text in texts if "could not be written" in text]
     assert re.search(rf"tickets at the switch could not be written to '{directory}/switch' \(.*{problem}", lost)
-    assert len(figures) == 2 and all("The figure" in text and problem in text for text in figures)
+    assert len(figures) == 3 and all("The figure" in text and problem in text for text in figures)
     # Nothing is half there, and the training is the one that it would have been.
     assert not (directory / "switch").exists() and not list(directory.glob(".*"))
     assert pruner.switched_at == SWITCH and module.losses == undisturbed.losses
@@ -286,9 +286,8 @@ def test_loggers_are_called_at_checks_and_at_the_switch_and_not_at_every_step(tm
     """What a slow logger costs: as many calls as there are events, however long the fit."""
     logged_fit(tmp_path / "short", short := Recorder(), max_epochs=3)
     logged_fit(tmp_path / "long", long := Recorder(), max_epochs=10)
-    assert (
-        len(short.calls) == len(long.calls) == 6
-    )  # null lines, two checks, the switch, the loss at it, that at the end
+    # Null lines, two checks, the switch and what the tickets are, the loss at it, that at the end, what it all cost.
+    assert len(short.calls) == len(long.calls) == 8
 
 
 SERVICE = '''

@@ -98,7 +98,10 @@ class LogKeeper(Callback):
     def state_dict(self) -> dict[str, Any]:
         # Only the first process logs, and its checkpoint counts.
         path = Path(self.logger.log_dir, "metrics.csv")
-        lines = path.read_text().splitlines() if rank_zero_only.rank == 0 and path.exists() else []
+        lines: list[str] = []
+        if rank_zero_only.rank == 0:
+            self.logger.save()  # what was logged and not yet written belongs to it, too
+            lines = path.read_text().splitlines() if path.exists() else []
         return {"rows": list(csv.DictReader(lines)), "wandb_id": self.wandb_id}
 
     @rank_zero_only

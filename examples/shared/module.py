@@ -4,7 +4,9 @@
 region; the dense denoiser is asked for the whole axis.
 """
 
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -122,6 +124,11 @@ class FlowModule(DiffusionModule):
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(self.unit), shift=self.shift)
 
 
+def refuse(mistake: str) -> NoReturn:
+    """End the program with a sentence about a setting."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {mistake}")
+
+
 def build_unet(model: DictConfig, *, size: int, channels: int, num_classes: int | None = None) -> UNet2DModel:
     """A U-Net of diffusers, with attention on the feature maps whose sides are listed.
 
@@ -129,7 +136,21 @@ def build_unet(model: DictConfig, *, size: int, channels: int, num_classes: int 
     """
     sides = [size >> level for level in range(len(model.channels))]
     if unknown := sorted(set(model.attention) - set(sides)):
-        raise SystemExit(f"model.attention={unknown}: feature maps of a {size}x{size} image have the sides {sides}.")
+        refuse(
+            f"model.attention={unknown}: feature maps of a {size}x{size} image have the sides {sides}; list some of "
+            "them, or none."
+        )
+    halvings = len(model.channels) - 1
+    if size % 2**halvings:
+        refuse(
+            f"model.channels={list(model.channels)}: {len(model.channels)} levels halve images {halvings} times, and "
+            f"their side is {size}; take a multiple of {2**halvings} for data.size, or fewer levels."
+        )
+    if any(width % model.norm_groups for width in model.channels):
+        refuse(
+            f"model.channels={list(model.channels)}: every width must be a multiple of "
+            f"model.norm_groups={model.norm_groups}; change the widths, or the groups."
+        )
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
@@ -150,6 +171,11 @@ def build_unet(model: DictConfig, *, size: int, channels: int, num_classes: int 
 
 def build_transformer(model: DictConfig, *, size: int, channels: int, num_classes: int) -> DiTTransformer2DModel:
     """A DiT (arXiv 2212.09748) for latents of side ``size``; its labels are class numbers."""
+    if size % model.patch_size:
+        refuse(
+            f"model.patch_size={model.patch_size}: latents have the side {size}, which must be a multiple of it; take "
+            "another patch size."
+        )
     return DiTTransformer2DModel(
         sample_size=size,
         in_channels=channels,

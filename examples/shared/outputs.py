@@ -13,6 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 # What tells that a folder holds a run of an example.
 TRACES = ("metrics.csv", "checkpoints", "switch", "ensemble", "dense")
 
+# Those whose ValueError is about a setting.
+PACKAGES = ("lightning_earlybird.", "lightning.")
+
 
 @contextmanager
 def mistakes_told() -> Iterator[None]:
@@ -20,7 +23,7 @@ def mistakes_told() -> Iterator[None]:
     try:
         yield
     except (MisconfigurationException, ValueError, FileExistsError) as error:
-        if not isinstance(error, MisconfigurationException) and not _origin(error).startswith("lightning_earlybird."):
+        if not isinstance(error, MisconfigurationException) and not _origin(error).startswith(PACKAGES):
             raise  # a mistake in code, not in a setting
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 

@@ -64,26 +64,26 @@ def train(
     """
     warnings.filterwarnings("ignore", message=QUIET)
     started = time.perf_counter()
-    average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
-    watchers, pruner = build_pruning(config, output)
-    keeper = DenseKeeper(average, pruner, output / "dense")
-    loggers, logs = build_loggers(config, output, checkpoint)
-    trainer = L.Trainer(
-        **{**config.trainer, "devices": _plain(config.trainer.devices)},
-        logger=loggers,
-        callbacks=[
-            average,
-            keeper,
-            *watchers,
-            pruner,
-            *sampling,
-            logs,
-            PhaseBar(pruner),
-            build_checkpoints(config, output),
-        ],
-        enable_model_summary=False,
-    )
     with mistakes_told():
+        average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
+        watchers, pruner = build_pruning(config, output)
+        keeper = DenseKeeper(average, pruner, output / "dense")
+        loggers, logs = build_loggers(config, output, checkpoint)
+        trainer = L.Trainer(
+            **{**config.trainer, "devices": _plain(config.trainer.devices)},
+            logger=loggers,
+            callbacks=[
+                average,
+                keeper,
+                *watchers,
+                pruner,
+                *sampling,
+                logs,
+                PhaseBar(pruner),
+                build_checkpoints(config, output),
+            ],
+            enable_model_summary=False,
+        )
         trainer.fit(module, data, ckpt_path=checkpoint)
     if trainer.is_global_zero and pruner.facts:
         for logger in loggers:
@@ -138,6 +138,8 @@ def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> 
 def build_checkpoints(config: DictConfig, output: Path) -> ModelCheckpoint:
     """One file that each checkpoint replaces, or all of them beside it."""
     settings, folder = dict(config.checkpoint), output / "checkpoints"
+    if settings.get("every_n_train_steps"):
+        settings["every_n_epochs"] = None  # ModelCheckpoint takes one of the two
     if settings.pop("keep_all", False):
         return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_last=True, **settings)
     return ModelCheckpoint(folder, filename="last", enable_version_counter=False, **settings)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_earlybird import SampleLogger
 from lightning_earlybird.evaluation import SampleQuality
+from shared.outputs import mistakes_told
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -33,36 +34,37 @@ def build_sampling(
     sampling, evaluation = config.sampling, config.evaluation
     callbacks: list[Callback] = []
     intervals = {name: sampling[name] for name in ("every_n_epochs", "every_n_train_steps") if sampling[name]}
-    if intervals:
-        labels = None if num_classes is None else [i % num_classes for i in range(sampling.num_samples)]
-        callbacks.append(
-            SampleLogger(
-                sampling.num_samples,
-                **intervals,
-                batch_size=sampling.batch_size,
-                scheduler=scheduler,
-                num_inference_steps=sampling.num_inference_steps,
-                seed=config.seed,
-                class_labels=labels,
-                decode=decode,
+    with mistakes_told():
+        if intervals:
+            labels = None if num_classes is None else [i % num_classes for i in range(sampling.num_samples)]
+            callbacks.append(
+                SampleLogger(
+                    sampling.num_samples,
+                    **intervals,
+                    batch_size=sampling.batch_size,
+                    scheduler=scheduler,
+                    num_inference_steps=sampling.num_inference_steps,
+                    seed=config.seed,
+                    class_labels=labels,
+                    decode=decode,
+                )
             )
-        )
-    if evaluation.num_samples:
-        callbacks.append(
-            SampleQuality(
-                evaluation.reference or reference,
-                num_samples=evaluation.num_samples,
-                scheduler=scheduler,
-                num_inference_steps=sampling.num_inference_steps,
-                batch_size=evaluation.batch_size,
-                every_n_epochs=evaluation.every_n_epochs,
-                features=evaluation.features,
-                inception_weights=evaluation.weights_path,
-                kid=evaluation.kid,
-                seed=config.seed,
-                class_labels=None if num_classes is None else "uniform",
-                num_classes=num_classes,
-                decode=decode,
+        if evaluation.num_samples:
+            callbacks.append(
+                SampleQuality(
+                    evaluation.reference or reference,
+                    num_samples=evaluation.num_samples,
+                    scheduler=scheduler,
+                    num_inference_steps=sampling.num_inference_steps,
+                    batch_size=evaluation.batch_size,
+                    every_n_epochs=evaluation.every_n_epochs,
+                    features=evaluation.features,
+                    inception_weights=evaluation.weights_path,
+                    kid=evaluation.kid,
+                    seed=config.seed,
+                    class_labels=None if num_classes is None else "uniform",
+                    num_classes=num_classes,
+                    decode=decode,
+                )
             )
-        )
     return callbacks

@@ -268,6 +268,9 @@ def merge_settings(base: Path, arguments: list[str], schema: type[Settings] | No
         value = OmegaConf.select(config, key)
         if value is not None and value not in possible:
             raise SettingsError(f"{key}={value} must be one of {', '.join(possible)}.")
+    decay = OmegaConf.select(config, "optimizer.ema_decay")
+    if decay is not None and not 0 <= decay < 1:
+        raise SettingsError(f"optimizer.ema_decay={decay} must be at least 0 and below 1, for example 0.9999.")
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise SettingsError(f"{', '.join(missing)}: not set; write {missing[0]}=VALUE.")
     assert isinstance(config, DictConfig)

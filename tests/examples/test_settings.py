@@ -116,6 +116,7 @@ def test_lists_and_strings_with_equal_signs_reach_the_configuration() -> None:
         (CIFAR10, ImageSettings, "optimizer.ema_decay=null", r"optimizer.ema_decay=None .* has the wrong type"),
         (CIFAR10, ImageSettings, "model.channels=[a,b]", r"model.channels.* has the wrong type: .*Integer"),
         (CIFAR10, ImageSettings, "sampling.spacing=cubic", "sampling.spacing=cubic must be one of quadratic, uniform"),
+        (CIFAR10, ImageSettings, "optimizer.ema_decay=2", "optimizer.ema_decay=2.0 must be at least 0 and below 1"),
         (CIFAR10, ImageSettings, "recipe=smok", "recipe=smok: unknown; the nearest one is 'smoke', all are "),
         (CIFAR10, ImageSettings, "recipe=../cifar10", "recipe=../cifar10: unknown"),
         (CIFAR10, ImageSettings, "other.yaml", "'other.yaml' is neither key=value nor a YAML file that exists"),
