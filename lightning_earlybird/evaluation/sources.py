@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from typing_extensions import override
+
+from lightning_earlybird.untouched import isolated_rng
 
 RANGE_SLACK = 0.05
 """How far beyond [-1, 1] training images may reach: resizing overshoots."""
@@ -85,6 +89,8 @@ class TensorImages(ImageSource):
 class DatasetImages(ImageSource):
     """The images of a training data set, in its own order; labels and whatever else it gives are left out.
 
+    What is drawn at random for an image (flips, crops) is the same each time, so that its statistics are found again.
+
     Args:
         dataset: Gives floating images in [-1, 1], or uint8 ones, alone or first among other things.
         collate: Makes a batch of samples.
@@ -104,7 +110,7 @@ class DatasetImages(ImageSource):
     @override
     def batches(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor]]:
         loader = DataLoader(
-            Subset(self._dataset, range(start, stop)), batch_size=size, shuffle=False, collate_fn=self._collate
+            _Reproducible(self._dataset, range(start, stop)), batch_size=size, shuffle=False, collate_fn=self._collate
         )
         for batch in loader:
             images = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() == 4), None)
@@ -118,6 +124,23 @@ class DatasetImages(ImageSource):
                 images = to_uint8(images)
             yield start, images.cpu()
             start += len(images)
+
+
+class _Reproducible(Subset[Any]):
+    """Some samples of a data set, with random numbers that depend on the sample's index only."""
+
+    @override
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        samples = []
+        # Of the CPU alone, and set aside once for a batch: more would take longer than reading the images.
+        with isolated_rng():
+            for index in indices:
+                own = self.indices[index]
+                torch.default_generator.manual_seed(own)
+                np.random.seed(own)
+                random.seed(own)
+                samples.append(self.dataset[own])
+        return samples
 
 
 def image_source(reference: Any, progress: bool = True) -> ImageSource:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,7 @@ class FeatureStatistics:
             "image_shape": "x".join(map(str, self.image_shape)),
             "extractor": self.extractor,
             "source": self.source,
+            "sha256": _digest(tensors),
         }
         with file_written_aside(target) as file:
             file.write(save({name: each.cpu().contiguous() for name, each in tensors.items()}, metadata))
@@ -122,6 +124,8 @@ class FeatureStatistics:
             if int(metadata["format_version"]) > FORMAT_VERSION:
                 raise ValueError(f"its format version is {metadata['format_version']}, this version reads up to 1")
             tensors = load_file(path)
+            if metadata.get("sha256") not in (None, _digest(tensors)):
+                raise ValueError("its numbers are not those that were saved")
             return cls(
                 count=int(metadata["count"]),
                 total=tensors["total"],
@@ -133,6 +137,14 @@ class FeatureStatistics:
             )
         except (KeyError, ValueError) as error:
             raise ValueError(f"reference={str(path)!r} is damaged or of a newer version: {error}") from error
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of the bytes of tensors, by name: a changed bit would give another score, and nothing would show it."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class StatisticsMeter:

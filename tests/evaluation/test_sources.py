@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +70,21 @@ def test_images_are_read_from_folders(tmp_path: Path, monkeypatch: pytest.Monkey
         Image.fromarray(np.asarray(image.permute(1, 2, 0))).save(tmp_path / "images" / f"{number}.png")
     source = image_source(tmp_path / "images", progress=False)
     assert torch.equal(all_of(source), BYTES)
+
+
+class Flipped(TensorDataset):
+    def __getitem__(self, index):
+        image = super().__getitem__(index)[0]
+        draw = torch.rand(()) + random.random() + np.random.rand()
+        return image.flip(-1) if draw < 1.5 else image
+
+
+def test_random_augmentation_is_the_same_each_time_and_on_any_share_of_the_images() -> None:
+    source = image_source(DataLoader(Flipped(FLOATS), batch_size=4, shuffle=True))
+    seen = all_of(source)
+    assert torch.equal(torch.cat([images for _, images in source.batches(4, 10, 3)]), seen[4:])
+    assert 0 < sum(torch.equal(one, other) for one, other in zip(seen, BYTES, strict=True)) < len(BYTES)
+    assert source.fingerprint() == image_source(DataLoader(Flipped(FLOATS), batch_size=2)).fingerprint()
 
 
 def test_other_images_have_another_fingerprint() -> None:

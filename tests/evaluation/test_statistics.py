@@ -82,3 +82,14 @@ def test_statistics_that_cannot_be_are_refused() -> None:
             FeatureStatistics(count, total, products, rows, **facts)
     with pytest.raises(ValueError, match="not finite"):
         FeatureStatistics(3, total * torch.nan, products, rows, **facts)
+
+
+def test_a_bit_that_has_changed_is_noticed(tmp_path) -> None:
+    path = tmp_path / "file.safetensors"
+    _, statistics = example()
+    statistics.save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="damaged or of a newer version: its numbers are not those that were saved"):
+        FeatureStatistics.load(path)
