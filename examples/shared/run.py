@@ -104,8 +104,10 @@ def build_pruning(config: DictConfig, output: Path) -> tuple[list[EarlyBirdDetec
     Without sparsity (the dense baseline), and with tickets that were saved earlier, there is nothing to detect; the
     pruner then brings what it needs.
     """
-    pruner = TimestepAwarePruner(**config.pruner, dirpath=output)
     regions = config.pruner.regions
+    # Saved tickets bring the rest with them.
+    settings = {"regions": regions} if isinstance(regions, str) else config.pruner
+    pruner = TimestepAwarePruner(**settings, dirpath=output)
     sparsities = [] if isinstance(regions, str) else [s for s in TimestepPartition.of(regions).sparsities if s > 0]
     return [EarlyBirdDetector(sparsities, **config.detector)] if sparsities else [], pruner
 

@@ -97,6 +97,9 @@ def test_celeba_trains_on_the_original_archive(tmp_path: Path) -> None:
     archive = write_celeba(tmp_path, count=48, zipped=True, partition=False) / "img_align_celeba.zip"
     run = run_example(tmp_path, "celeba.py", *TINY, f"data.path={archive}", "wandb.mode=disabled", "tensorboard=true")
     check_run(tmp_path, [(0, 440, 0.3), (440, 1000, 0.8)], run)
+    arguments = [f"data.path={archive}", "wandb.mode=disabled", "pruner.regions=run/switch", "output=again"]
+    again = run_example(tmp_path, "celeba.py", *TINY, *arguments, "trainer.max_steps=2")
+    assert "2 tickets from 'run/switch' have replaced the denoiser" in again.stdout + again.stderr
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.*"))
 
 
