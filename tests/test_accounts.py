@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from wandb_records import offline_runs
 
 from lightning_earlybird.reporting import wandb_is_offline, wandb_logger
 
@@ -52,3 +53,27 @@ def test_online_without_a_login_is_an_error_that_says_what_to_do() -> None:
 def test_another_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="mode='never' must be one of 'auto', 'online', 'offline'"):
         wandb_logger(mode="never")  # type: ignore[arg-type]
+
+
+def test_the_run_is_where_it_was_wanted_also_with_a_client_that_somebody_started_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    # W&B's own process outlives a run and serves the children of who has started it: a notebook's, or a sweep's.
+    log = (
+        "import wandb; from lightning_earlybird.reporting import wandb_logger\n"
+        "wandb_logger(mode='offline', save_dir='runs').log_metrics({'loss': 0.5}, step=1); wandb.finish()"
+    )
+    parent = (
+        "import os, subprocess, sys, wandb\n"
+        "wandb.init(mode='offline', dir='.').finish(); assert os.environ['WANDB_SERVICE']\n"
+        f"subprocess.run([sys.executable, '-c', {log!r}], cwd={str(there)!r}, check=True)"
+    )
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of another test
+    done = subprocess.run([sys.executable, "-c", parent], cwd=here, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Using an existing wandb-core service" in done.stderr
+    (run,) = offline_runs(there / "runs")
+    assert run.history[0]["loss"] == 0.5

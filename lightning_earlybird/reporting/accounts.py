@@ -68,12 +68,15 @@ def wandb_logger(
     """
     offline = wandb_is_offline(mode)
     if offline:
-        folder = Path(save_dir) / "wandb"
+        folder = Path(save_dir).absolute() / "wandb"
         rank_zero_info(
             f"W&B stays offline (mode={mode!r}): the run is kept in {str(folder)!r}. To log online, run `wandb login` "
             f"or set WANDB_API_KEY; to bring this run there later, run `wandb sync {folder}/offline-run-*`."
         )
-    # Lightning's `offline` alone does not keep a login from being asked for where WANDB_MODE says online.
+    # W&B writes from a process of its own, which may be one that a parent of ours has started in another directory
+    # (WANDB_SERVICE): what is relative would go there. And Lightning's `offline` alone does not keep a login from being
+    # asked for where WANDB_MODE says online.
+    save_dir = Path(save_dir).absolute()
     return WandbLogger(
-        project=project, save_dir=Path(save_dir), offline=offline, mode="offline" if offline else "online", **settings
+        project=project, save_dir=save_dir, offline=offline, mode="offline" if offline else "online", **settings
     )
