@@ -566,10 +566,8 @@ class TimestepAwarePruner(Continuing):
         if plan is not None and all(steps is not None for steps in plan.steps):
             batches = [steps * len(plan.assignment.ranks(k)) for k, steps in enumerate(plan.steps) if steps is not None]
             return cost_of_dense(self.facts, (self.switched_at or 0) * trainer.world_size, batches)
-        regions = self._losses.regions
-        if regions is None or plan is not None:
-            return None
-        return cost_of_dense(self.facts, regions.seen_before_switch, regions.seen.tolist())
+        seen = self._losses.samples_seen()
+        return None if seen is None or plan is not None else cost_of_dense(self.facts, *seen)
 
     # --- tickets that are there already
 

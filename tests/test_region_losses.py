@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner
 from lightning_earlybird.ensemble import TimestepArgument
 from lightning_earlybird.regions import TimestepPartition
+from lightning_earlybird.reporting import cost_of_dense
 from lightning_earlybird.reporting.losses import LossReport
 from lightning_earlybird.reporting.region_losses import NotDerivableError, RegionLosses, WatchedBatch, watch_calls
 
@@ -113,6 +114,29 @@ def test_the_means_are_those_of_the_samples_since_the_last_time(
         assert {name: row[name] for name in NAMES if name in row} == pytest.approx(expected, rel=tolerance)
 
 
+def test_the_cost_counts_every_sample_also_where_a_fit_is_resumed_at_its_end(tmp_path: Path) -> None:
+    def cost(folder: str, module: Lit, **settings: Any) -> tuple[TimestepAwarePruner, list[float]]:
+        detector = EarlyBirdDetector([0.25, 0.5], every_n_train_steps=3, window=2, threshold=1.0)
+        pruner = TimestepAwarePruner(REGIONS, round_to=4, overlap=100, dirpath=tmp_path / folder)
+        logger = CSVLogger(tmp_path / folder, name="", version="")
+        trainer = fit(module, detector, pruner, max_steps=11, log_every_n_steps=2, logger=logger, **settings)
+        trainer.save_checkpoint(tmp_path / folder / "end.ckpt")
+        with (tmp_path / folder / "metrics.csv").open() as file:
+            costs = [row["earlybird/cost_of_dense"] for row in csv.DictReader(file)]
+        return pruner, [float(each) for each in costs if each]
+
+    module = Telling()
+    pruner, whole = cost("whole", module)
+    steps = torch.cat([steps for steps, _ in module.told[6:]])
+    tickets = [int((steps < 300).sum()), int((steps >= 300).sum())]
+    assert sum(tickets) == 5 * 8  # the last of these batches was not logged
+    # In the first batch of the search the denoiser is still being looked for.
+    assert whole == [cost_of_dense(pruner.facts, 5 * 8, tickets)]
+
+    _, again = cost("again", Telling(), ckpt_path=tmp_path / "whole" / "end.ckpt")
+    assert again == whole
+
+
 @pytest.mark.parametrize("compiled", ["not", "in place", "wrapped"])
 def test_watching_changes_nothing(compiled: str, tmp_path: Path) -> None:
     def network() -> nn.Module:
@@ -140,7 +164,8 @@ def test_a_loss_that_does_not_tell_is_not_logged_and_said_so_once(
         assert train(tmp_path, module()) == []
     assert caplog.text.count("the loss by region is not logged") == 1
     assert "return the loss of each sample as well" in caplog.text
-    assert "region_loss" not in (tmp_path / "metrics.csv").read_text()
+    logged = (tmp_path / "metrics.csv").read_text()
+    assert "region_loss" not in logged and "cost_of_dense" not in logged
 
 
 def test_losses_that_training_step_returns_go_first(tmp_path: Path) -> None:
@@ -214,3 +239,7 @@ def test_a_damaged_state_is_told_when_it_is_read(change: dict[str, object], erro
         LossReport().load_state_dict({"region_losses": state})
     with pytest.raises(KeyError):
         LossReport().load_state_dict({"region_losses": {"seen": torch.zeros(2)}})
+    with pytest.raises(TypeError, match="'tells' is a str, expected bool"):
+        LossReport().load_state_dict(
+            {"region_losses": RegionLosses(PARTITION).state_dict(taken=False) | {"tells": "x"}}
+        )

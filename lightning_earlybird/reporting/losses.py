@@ -59,6 +59,20 @@ class LossReport:
         if self.regions is not None:
             self.regions.switch()
 
+    def samples_seen(self) -> tuple[float, list[float]] | None:
+        """Samples that were trained on in the search, and by each ticket since the switch.
+
+        A fit that is resumed at its very end has no batch any more: what its checkpoint held is told.
+
+        Returns:
+            The two; None where samples were not counted, or only some of them.
+        """
+        if self.regions is not None and self._tells:
+            return self.regions.samples_seen()
+        if self._saved is not None and self._saved["tells"]:
+            return self._saved["seen_before_switch"], self._saved["seen"].tolist()
+        return None
+
     # --- one batch
 
     def batch_begins(
@@ -197,6 +211,7 @@ class LossReport:
         self._saved = taken({"region_losses": None, **state}, "region_losses", dict, type(None))
         if self._saved is not None:
             check_state(self._saved)
+            taken(self._saved, "tells", bool)
 
     # --- small change
 

@@ -143,6 +143,11 @@ class RegionLosses:
         self._totals = torch.zeros_like(self._totals)
         return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
+    def samples_seen(self) -> tuple[float, list[float]]:
+        """Samples of all batches until now: in the search, and of each ticket since the switch."""
+        self._read(strict=False)
+        return self.seen_before_switch, self.seen.tolist()
+
     def state_dict(self, *, taken: bool) -> dict[str, Any]:
         """What checkpoints keep, in tensors and plain containers.
 
