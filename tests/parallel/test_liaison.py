@@ -1,6 +1,7 @@
 """Ranks in real processes that are killed, stopped, blocked, failing, or just leave."""
 
 import ctypes
+import fcntl
 import json
 import multiprocessing
 import os
@@ -117,6 +118,14 @@ class World:
         os.kill(self.processes[rank].pid, sign)
         return time.time()
 
+    def kill_between_questions(self, rank: int) -> float:
+        """Kills a rank while no other one waits for an answer of the store: see :func:`questions_can_be_held_up`."""
+        with (self.out / "questions").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            killed_at = self.kill(rank)
+            self.processes[rank].join(10)  # its connections are closed
+        return killed_at
+
     def ends(self, *ranks: int, within_s: float = 20.0) -> list[int]:
         """Exit codes of ranks, which must end in time."""
         deadline = time.monotonic() + within_s
@@ -155,6 +164,23 @@ def train(liaison: Liaison, note: Notes, seconds: float = 60.0) -> None:
             raise
 
 
+def questions_can_be_held_up(out: Path) -> None:
+    """Has this process ask the store only while nobody holds the file `questions` to itself."""
+    ask = StoreClient._call
+
+    def held_up(client: StoreClient, act: Callable[[Any], Any]) -> Any:
+        with (out / "questions").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return ask(client, act)
+
+    StoreClient._call = held_up
+
+
+def train_between_questions(liaison: Liaison, rank: int, note: Notes) -> None:
+    questions_can_be_held_up(note.path.parent)
+    train_a_ticket(liaison, rank, note)
+
+
 def train_a_ticket(liaison: Liaison, rank: int, note: Notes) -> None:
     liaison.doing(f"training ticket {rank} [{rank}00, {rank}99)")
     train(liaison, note)
@@ -162,9 +188,9 @@ def train_a_ticket(liaison: Liaison, rank: int, note: Notes) -> None:
 
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(world: World, victim: int) -> None:
-    world.run(train_a_ticket)
+    world.run(train_between_questions)
     world.all_work()
-    killed_at = world.kill(victim)
+    killed_at = world.kill_between_questions(victim)
     others = [rank for rank in range(3) if rank != victim]
     assert world.ends(*others) == [1, 1]
     for rank in others:
@@ -176,6 +202,20 @@ def test_a_killed_rank_is_named_by_all_others_with_what_it_was_doing(world: Worl
         assert lines == [f"MultiTicketStrategy: {message.partition('. Rank')[0]}. Rank {rank} stops."]
     if victim == 0:  # torch's own client would print pages on the store that ended with it
         assert "c10d" not in world.stderr(1) + world.stderr(2)
+
+
+def test_a_store_that_ends_while_it_is_asked_costs_each_rank_one_page_of_torchs_own(world: World) -> None:
+    world.run(train_a_ticket)
+    world.all_work()
+    world.kill(0, signal.SIGSTOP)
+    time.sleep(3 * QUICK["beat_s"])  # now both others wait for an answer
+    killed_at = world.kill(0)
+    assert world.ends(1, 2) == [1, 1]
+    for rank in (1, 2):
+        message, at = world.verdict(rank)
+        assert message.startswith("rank 0 on ") and ", training ticket 0 [000, 099), is gone" in message
+        assert at - killed_at < 3.0
+        assert world.stderr(rank).count("[c10d]") == 1  # nothing can be done about this one
 
 
 def test_rank_0_is_missed_even_where_another_process_keeps_the_store(world: World) -> None:
