@@ -12,7 +12,7 @@ class SwitchLoss:
     """Collects training losses around the switch, without waiting for the device at each step.
 
     Args:
-        steps: Training steps on either side.
+        steps: Training batches on either side, which are steps where no gradients are accumulated.
     """
 
     def __init__(self, steps: int = 50) -> None:
@@ -24,8 +24,12 @@ class SwitchLoss:
         """The denoiser has just been replaced."""
         self._after = []
 
-    def add(self, outputs: Any) -> dict[str, float | None]:
+    def add(self, outputs: Any, parts: int = 1) -> dict[str, float | None]:
         """Take what ``training_step`` returned.
+
+        Args:
+            outputs: What it returned, as Lightning passes it on.
+            parts: What the loss has been divided by since: the batches whose gradients are accumulated.
 
         Returns:
             What has become known, named for a logger: with the first loss after the switch that and the mean before it,
@@ -34,10 +38,11 @@ class SwitchLoss:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor) or (self._after is not None and len(self._after) == self.steps):
             return {}
+        loss = loss.detach() * parts
         if self._after is None:
-            self._before.append(loss.detach())
+            self._before.append(loss)
             return {}
-        self._after.append(loss.detach())
+        self._after.append(loss)
         if len(self._after) == 1:
             before = _mean(list(self._before))
             return {"earlybird/loss_before_switch": before, "earlybird/loss_at_switch": float(self._after[0])}

@@ -731,19 +731,22 @@ def test_the_table_counts_what_is_there(tmp_path: Path, caplog) -> None:
     assert "[300, 1000)" in caplog.text
 
 
-def test_the_loss_on_both_sides_of_the_switch_is_logged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_on_both_sides_of_the_switch_is_logged(accumulate: int, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     module = Lit()
-    fit(module, quick(), pruner_in(tmp_path), max_epochs=16, logger=logger)
+    settings = {"accumulate_grad_batches": accumulate, "batches": 4 * accumulate}
+    fit(module, quick(), pruner_in(tmp_path), max_epochs=16, logger=logger, **settings)
     with (tmp_path / "metrics.csv").open() as file:
         at, after = [
             row for row in csv.DictReader(file) if row["earlybird/loss_at_switch"] or row["earlybird/loss_after_switch"]
         ]
     mean = lambda values: sum(values) / len(values)  # noqa: E731
-    assert float(at["earlybird/loss_before_switch"]) == pytest.approx(mean(module.losses[:6]))
-    assert float(at["earlybird/loss_at_switch"]) == pytest.approx(module.losses[6])
-    assert float(after["earlybird/loss_after_switch"]) == pytest.approx(mean(module.losses[31:56]))
-    assert (int(at["step"]), int(after["step"])) == (6, 55)
+    switch = 6 * accumulate  # in batches, of which a loss is returned for each
+    assert float(at["earlybird/loss_before_switch"]) == pytest.approx(mean(module.losses[:switch]))
+    assert float(at["earlybird/loss_at_switch"]) == pytest.approx(module.losses[switch])
+    assert float(after["earlybird/loss_after_switch"]) == pytest.approx(mean(module.losses[switch + 25 : switch + 50]))
+    assert (int(at["step"]), int(after["step"])) == (6, (switch + 50) // accumulate - 1)
 
 
 def test_tickets_are_written_beside_the_files_of_the_logger(tmp_path: Path) -> None:

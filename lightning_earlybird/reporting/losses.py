@@ -153,8 +153,10 @@ class LossReport:
             MisconfigurationException: If ``training_step`` returned sample losses of another shape than one number for
                 each sample.
         """
+        # Lightning divides what it passes on by the batches of a step; what tickets return apart comes as it was.
+        parts = trainer.accumulate_grad_batches if module.automatic_optimization and apart is None else 1
         for prefix, loss, output in self._switch_losses(outputs, apart):
-            log_metrics(trainer, {prefix + name: value for name, value in loss.add(output).items()})
+            log_metrics(trainer, {prefix + name: value for name, value in loss.add(output, parts).items()})
         if self.regions is None:
             return
         self._add_apart(self.regions, apart)
