@@ -88,7 +88,8 @@ class SampleQuality(pl.Callback):
         seed: Of the noise.
         class_labels: ``"uniform"`` draws each class equally often, for class-conditional denoisers; None passes no
             labels.
-        num_classes: Number of classes; None takes the ``num_class_embeds`` of the denoiser's configuration.
+        num_classes: Number of classes; None takes the ``num_class_embeds`` (of a DiT the ``num_embeds_ada_norm``) of
+            the denoiser's configuration.
         decode: Makes images (batch_size, C, H, W) in [-1, 1] of what is sampled, where that is latents.
         denoiser: Dotted name of the denoiser in the LightningModule; None takes that of the pruner or the detector, or
             finds it in the first training batch.
@@ -345,19 +346,22 @@ class SampleQuality(pl.Callback):
 
     def _count_classes(self, sampler: TicketEnsembleSampler) -> int | None:
         """How many classes samples are drawn of; None where the denoiser takes no labels."""
-        configured = getattr(getattr(sampler.tickets[0], "config", None), "num_class_embeds", None)
+        config = getattr(sampler.tickets[0], "config", None)
+        # A U-Net's, and a DiT's, which always takes labels.
+        told = {name: getattr(config, name, None) for name in ("num_class_embeds", "num_embeds_ada_norm")}
+        name, configured = next(((name, count) for name, count in told.items() if count is not None), ("", None))
         if self.class_labels is None:
             if configured is not None:
                 raise MisconfigurationException(
-                    f"class_labels=None: the denoiser is class-conditional (num_class_embeds={configured}). Pass "
+                    f"class_labels=None: the denoiser is class-conditional ({name}={configured}). Pass "
                     "class_labels='uniform', and num_classes= where not all of them are classes."
                 )
             return None
         classes = self.num_classes if self.num_classes is not None else configured
         if classes is None:
             raise MisconfigurationException(
-                "class_labels='uniform', num_classes=None: the denoiser's configuration has no num_class_embeds, which "
-                "would tell the number of classes. Pass num_classes=."
+                "class_labels='uniform', num_classes=None: the denoiser's configuration has no num_class_embeds or "
+                "num_embeds_ada_norm, which would tell the number of classes. Pass num_classes=."
             )
         return int(classes)
 

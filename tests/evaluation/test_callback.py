@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -238,8 +238,20 @@ class Conditional(Lit):
         return self.model(samples, steps, class_labels=steps % 3).sample.square().mean()
 
 
-def test_class_conditional_denoisers_are_given_each_class_equally_often() -> None:
-    module, labels = Conditional(num_class_embeds=3), []
+class Transforming(Conditional):
+    def __init__(self, **settings) -> None:
+        Lit.__init__(self, lambda: DiTTransformer2DModel(2, 8, 1, num_layers=1, sample_size=4, **settings))
+        self.sample_shape = (1, 4, 4)
+        self.noise = DDPMScheduler()
+
+
+@pytest.mark.parametrize(
+    ("conditional", "name"), [(Conditional, "num_class_embeds"), (Transforming, "num_embeds_ada_norm")]
+)
+def test_class_conditional_denoisers_are_given_each_class_equally_often(
+    conditional: type[Conditional], name: str
+) -> None:
+    module, labels = conditional(**{name: 3}), []
 
     def watch(network, args, kwargs):
         if not network.training:
@@ -248,10 +260,11 @@ def test_class_conditional_denoisers_are_given_each_class_equally_often() -> Non
     module.model.register_forward_pre_hook(watch, with_kwargs=True)
     fit(module, quality(class_labels="uniform", num_inference_steps=1), max_epochs=1)
     assert torch.cat(labels).bincount().tolist() == [10, 10, 10]
-    with pytest.raises(MisconfigurationException, match=r"class-conditional \(num_class_embeds=3\). Pass class_labels"):
-        fit(Conditional(num_class_embeds=3), quality(), max_epochs=1)
+    with pytest.raises(MisconfigurationException, match=rf"class-conditional \({name}=3\). Pass class_labels"):
+        fit(conditional(**{name: 3}), quality(), max_epochs=1)
     with pytest.raises(
-        MisconfigurationException, match="has no num_class_embeds, which would tell the number of classes"
+        MisconfigurationException,
+        match="has no num_class_embeds or num_embeds_ada_norm, which would tell the number of classes",
     ):
         fit(Lit(), quality(class_labels="uniform"), max_epochs=1)
 
