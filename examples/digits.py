@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> None:
 
     watchers, pruner = build_pruning(config, output)
     average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
-    keeper = DenseKeeper(average, pruner, output / "dense")
+    keeper = DenseKeeper(average, pruner, output / "dense", checkpoint)
     loggers, logs = build_loggers(config, output, checkpoint)
     trainer = L.Trainer(
         **config.trainer,

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,17 @@ class DenseKeeper(Callback):
         average: The callback that keeps the averaged weights.
         pruner: The pruner of the same Trainer.
         folder: Where the denoiser goes.
+        checkpoint: What the fit goes on from. Where that is of another run and has tickets already, the denoiser is
+            taken from the folder of that run, if it is there.
     """
 
-    def __init__(self, average: EMAWeightAveraging, pruner: TimestepAwarePruner, folder: Path) -> None:
+    def __init__(
+        self, average: EMAWeightAveraging, pruner: TimestepAwarePruner, folder: Path, checkpoint: Path | None = None
+    ) -> None:
         self.average = average
         self.pruner = pruner
         self.folder = folder
+        self._earlier = None if checkpoint is None else checkpoint.parent.parent / folder.name
         self.search_s = self.total_s = 0.0
         self._copy: nn.Module | None = None
         self._checks = -1
@@ -75,6 +81,10 @@ class DenseKeeper(Callback):
         if self._copy is not None:
             self._copy.save_pretrained(self.folder)
             self._copy = None
+        elif self._earlier is not None and rank_zero_only.rank == 0 and not self.folder.exists():
+            if self._earlier.is_dir():
+                shutil.copytree(self._earlier, self.folder)
+            self._earlier = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"search_s": self.search_s, "seconds": self.seconds}

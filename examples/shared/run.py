@@ -67,7 +67,7 @@ def train(
     with mistakes_told():
         average = EMAWeightAveraging(decay=config.optimizer.ema_decay)
         watchers, pruner = build_pruning(config, output)
-        keeper = DenseKeeper(average, pruner, output / "dense")
+        keeper = DenseKeeper(average, pruner, output / "dense", checkpoint)
         loggers, logs = build_loggers(config, output, checkpoint)
         trainer = L.Trainer(
             **{**config.trainer, "devices": _plain(config.trainer.devices)},
