@@ -7,8 +7,10 @@ import hypothesis
 import pytest
 import torch
 
-# The networks are tiny: threads only wait for each other, and results would depend on how many there are.
+# The networks are tiny: threads only wait for each other, and results would depend on how many there are. The variable
+# keeps Lightning's launchers from raising the number again for the rest of the process, and is for what tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # No deadline: a slow or shared machine is no bug. Derandomized, so that a commit passes or fails the same everywhere.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
@@ -16,12 +18,14 @@ hypothesis.settings.load_profile("suite")
 
 # What Lightning's launchers of several processes leave behind: whoever inherits it takes itself for one of their ranks.
 RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What W&B leaves behind: processes that inherit it share the service of this one.
+LEFT_BEHIND = (*RANKS, "WANDB_SERVICE")
 
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_a_world_behind() -> Iterator[None]:
     """Fits of one process under a strategy for several neither launch other tests' processes nor warn in them."""
-    before = {name: os.environ.get(name) for name in RANKS}
+    before = {name: os.environ.get(name) for name in LEFT_BEHIND}
     yield
     for name, value in before.items():
         if value is None:
