@@ -18,14 +18,15 @@ hypothesis.settings.load_profile("suite")
 
 # What Lightning's launchers of several processes leave behind: whoever inherits it takes itself for one of their ranks.
 RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What W&B leaves behind: processes that inherit it share the service of this one.
-LEFT_BEHIND = (*RANKS, "WANDB_SERVICE")
+# What W&B leaves behind: processes that inherit it share the service of this one, which goes on without it.
+SERVICE = "WANDB_SERVICE"
 
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_a_world_behind() -> Iterator[None]:
     """Fits of one process under a strategy for several neither launch other tests' processes nor warn in them."""
-    before = {name: os.environ.get(name) for name in LEFT_BEHIND}
+    os.environ.pop(SERVICE, None)  # which a fixture of the module may have set
+    before = {name: os.environ.get(name) for name in (*RANKS, SERVICE)}
     yield
     for name, value in before.items():
         if value is None:
