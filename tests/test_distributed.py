@@ -115,3 +115,4 @@ def test_two_processes_search_switch_and_train_the_same_tickets(tmp_path: Path) 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_two_processes(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # what ends by itself with the process may abort it

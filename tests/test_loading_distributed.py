@@ -87,3 +87,4 @@ def test_checkpoints_of_two_processes_travel(tmp_path: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_two_processes(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # what ends by itself with the process may abort it

@@ -129,3 +129,4 @@ def test_two_processes_average_their_gradients_and_draw_the_same_masks(tmp_path:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_two_processes(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # what ends by itself with the process may abort it

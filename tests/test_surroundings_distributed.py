@@ -99,3 +99,4 @@ def test_what_one_of_two_processes_suffers_holds_up_neither(tmp_path: Path) -> N
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_two_processes(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # what ends by itself with the process may abort it

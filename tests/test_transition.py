@@ -1077,3 +1077,4 @@ def test_two_processes_train_the_same_tickets_though_one_misses_a_ticket(tmp_pat
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_two_processes(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # what ends by itself with the process may abort it

@@ -104,3 +104,4 @@ def test_two_ranks_come_to_the_scores_of_one_process(tmp_path: Path, strategy, m
 if __name__ == "__main__":
     torch.set_num_threads(1)
     two_processes(Path(sys.argv[1]), sys.argv[2])
+    torch.distributed.destroy_process_group()  # what ends by itself with the process may abort it
