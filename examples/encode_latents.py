@@ -25,28 +25,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_earlybird.durable import file_written_aside
+from lightning_earlybird.evaluation.command import chosen_device
 from lightning_earlybird.images import ImageDataError, ImageSet, read_images
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_autoencoder(name: str, subfolder: str | None) -> nn.Module:
-    """An autoencoder of whichever class its configuration names."""
+def load_autoencoder(name: str, subfolder: str | None, told_by: str = "encode_latents.py: --vae") -> nn.Module:
+    """An autoencoder of whichever class its configuration names; ``told_by`` is what a user gave its name to."""
+    part = " --subfolder=vae takes it out of a pipeline." if told_by.endswith("--vae") else ""
     place = {} if subfolder is None else {"subfolder": subfolder}
     try:
         config: Any = diffusers.AutoencoderKL.load_config(name, **place)
         kind = getattr(diffusers, config.get("_class_name", ""), None)
         if kind is None or not hasattr(kind, "encode"):
             sys.exit(
-                f"encode_latents.py: --vae={name!r} is a {config.get('_class_name')}, which encodes no images; give an "
-                "AutoencoderKL, AutoencoderTiny or VQModel, with --subfolder=vae where it is a part of a pipeline."
+                f"{told_by}={name!r} is a {config.get('_class_name')}, which encodes no images; give an "
+                f"AutoencoderKL, AutoencoderTiny or VQModel.{part}"
             )
         return kind.from_pretrained(name, **place).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         sys.exit(
-            f"encode_latents.py: --vae={name!r} cannot be loaded ({str(error).strip().splitlines()[0]}). Give a folder "
-            "that holds config.json and the weights, or a name on the hub; without a network only what is in the "
-            "Hugging Face cache is found. --subfolder=vae takes it out of a pipeline."
+            f"{told_by}={name!r} cannot be loaded ({str(error).strip().splitlines()[0]}). Give a folder that holds "
+            "config.json and the weights, or a name on the hub; without a network only what is in the Hugging Face "
+            f"cache is found.{part}"
         )
 
 
@@ -65,7 +67,8 @@ def facts_of(autoencoder: Any, images: ImageSet, options: argparse.Namespace) ->
     """What the files say of themselves."""
     config = autoencoder.config
     return {
-        "autoencoder": options.vae,
+        # Who trains on the latents may do so from another directory.
+        "autoencoder": str(Path(options.vae).resolve()) if Path(options.vae).is_dir() else options.vae,
         "autoencoder_subfolder": options.subfolder or "",
         "scaling_factor": str(float(getattr(config, "scaling_factor", None) or 1.0)),
         "shift_factor": str(float(getattr(config, "shift_factor", None) or 0.0)),
@@ -131,7 +134,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--part-size", type=int, default=10_000, help="images a part, where --output is a folder")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="of the latents on disk")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: what there is")
     parser.add_argument("--seed", type=int, default=0, help="for --posterior sample")
     options = parser.parse_args(arguments)
     for name in ("batch_size", "part_size"):
@@ -149,8 +152,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = read_options(arguments)
     seed_everything(options.seed, verbose=False)
-    autoencoder = load_autoencoder(options.vae, options.subfolder).to(options.device)
     try:
+        device = chosen_device(options.device)
+        autoencoder = load_autoencoder(options.vae, options.subfolder).to(device)
         images = read_images(
             options.data,
             size=options.size,
@@ -159,15 +163,18 @@ def main(arguments: list[str]) -> None:
             limit=options.limit,
             cache_dir=options.cache_dir,
         )
-    except ImageDataError as error:
+    except (ImageDataError, ValueError) as error:
         sys.exit(f"encode_latents.py: {error}")
     print(images.describe())
     facts = facts_of(autoencoder, images, options)
-    if options.output.suffix == ".safetensors":
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+    single = options.output.suffix == ".safetensors"
+    try:
+        (options.output.parent if single else options.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"encode_latents.py: --output={str(options.output)!r} cannot be written to ({error}); give another.")
+    if single:
         parts = {options.output: range(len(images))}
     else:
-        options.output.mkdir(parents=True, exist_ok=True)
         starts = range(0, len(images), options.part_size)
         parts = {
             options.output / f"latents-{n + 1:05d}-of-{len(starts):05d}.safetensors": range(

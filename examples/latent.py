@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     place = data.autoencoder if config.vae is None else (config.vae, None)
     if place is None:
         sys.exit(f"latent.py: {config.data.path} does not name its autoencoder; give vae=NAME_OR_FOLDER.")
-    decode = Decoder(load_autoencoder(*place), data.train)
+    decode = Decoder(load_autoencoder(*place, "latent.py: vae"), data.train)
     # A network without classes is told class 0 of one, in training and in sampling.
     sampling = build_sampling(config, scheduler, config.evaluation.reference, num_classes=classes, decode=decode)
     train(config, module, data, output, checkpoint, sampling)

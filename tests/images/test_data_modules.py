@@ -337,6 +337,19 @@ def test_images_are_encoded_into_a_file_that_trains_and_decodes(encoding: dict[s
         torch.testing.assert_close(back, encoding["autoencoder"].decode(encoding["latents"][2:3]).sample)
 
 
+def test_latents_name_their_autoencoder_for_whoever_trains_elsewhere(
+    encoding: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import encode_latents
+
+    monkeypatch.chdir(tmp_path)
+    encode_latents.main([*encoding["arguments"], "--vae", "vae", "--output", "latents.safetensors", "--limit", "2"])
+    with safe_open("latents.safetensors", "pt") as file:
+        assert file.metadata()["autoencoder"] == str(tmp_path / "vae")
+    with pytest.raises(SystemExit, match=r"^latent\.py: vae='\./nowhere' cannot be loaded .* cache is found\.$"):
+        encode_latents.load_autoencoder("./nowhere", None, "latent.py: vae")
+
+
 def test_encoding_in_parts_goes_on_where_it_stopped(
     encoding: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -418,6 +431,14 @@ def test_what_cannot_encode_is_refused_in_a_sentence(encoding: dict[str, Any], t
         encode_latents.main(["--data", str(tmp_path / "missing.zip"), *encoding["arguments"][2:], *output])
     with pytest.raises(SystemExit, match="2"):
         encode_latents.main([*encoding["arguments"], *output, "--crop", "middle"])
+    for wrong, told in (
+        (["--size", "0"], "size=.* must be a number of pixels"),
+        (["--crop", "1,2,3"], "crop="),
+        (["--device", "abacus"], "--device abacus cannot be used here"),
+        (["--output", str(tmp_path / "data.zip" / "l.safetensors")], "cannot be written to"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^encode_latents\.py: .*{told}"):
+            encode_latents.main([*encoding["arguments"], *output, *wrong])
     autoencoder = encoding["autoencoder"]
     nn.init.constant_(autoencoder.quant_conv.bias, 1e6)
     autoencoder.save_pretrained(tmp_path / "vae")
