@@ -166,7 +166,7 @@ class Evaluation:
             reference: Of the images to compare with.
             num_samples: Samples of each trained model.
             batch_size: Samples drawn at once.
-            num_classes: For class-conditional denoisers.
+            num_classes: For class-conditional denoisers; None takes the number of the configuration.
             seed: Of the noise.
             kid_subsets: Subsets of KID.
             timing_images: Images of the batch that sampling is timed on.
