@@ -134,13 +134,26 @@ def _interval(region: TimestepRegion) -> str:
 def _usage(record: EnsembleRecord) -> str:
     factory = "" if record.denoiser else ", denoiser=MyNetwork"
     comment = "" if record.denoiser else "  # a function that builds the dense network"
+    labelled = _is_labelled(record.denoiser)
+    labels = ", class_labels=0" if labelled else ""
+    choice = "  # of class 0; a list gives each image its own" if labelled else ""
     return f"""\
 from diffusers import DDIMScheduler  # the scheduler that fits your training
 from lightning_earlybird import TicketEnsembleSampler
 
 sampler = TicketEnsembleSampler.from_pretrained("PATH"{factory}){comment}
-images = sampler.sample(16, scheduler=DDIMScheduler(), num_inference_steps=100)
+images = sampler.sample(16, scheduler=DDIMScheduler(), num_inference_steps=100{labels}){choice}
 """
+
+
+def _is_labelled(denoiser: dict[str, Any] | None) -> bool:
+    """Whether the network is known to need class labels."""
+    if denoiser is None:
+        return False
+    config = denoiser["config"]
+    if denoiser["class"] == "DiTTransformer2DModel":
+        return config.get("num_embeds_ada_norm") is not None
+    return denoiser["class"] == "UNet2DModel" and config.get("num_class_embeds") is not None
 
 
 def _steps(facts: Sequence[TicketFacts]) -> str:

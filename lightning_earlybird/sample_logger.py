@@ -11,10 +11,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_positive, reading_state, taken
+from lightning_earlybird.class_labels import configured_classes, takes_labels
 from lightning_earlybird.conversion import find_ensemble
 from lightning_earlybird.current import current_sampler
 from lightning_earlybird.pruner import TimestepAwarePruner
@@ -154,7 +155,7 @@ class SampleLogger(pl.Callback):
         try:
             images, tickets = self._sample(trainer, pl_module)
             sheet = image_sheet(images, self.columns)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
             self._failed = True
             rank_zero_warn(f"SampleLogger: no samples can be drawn, and it is not tried again in this fit: {error}")
             return
@@ -170,6 +171,7 @@ class SampleLogger(pl.Callback):
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Tensor, int | None]:
         """Images, and the number of tickets that drew them; None for the dense denoiser."""
         sampler = current_sampler(trainer, pl_module, denoiser=self.denoiser)
+        self._check_labels(sampler.tickets[0])
         # Schedulers may draw without a generator; compiled code would be compiled anew for this batch size.
         with isolated_rng(), torch.compiler.set_stance("force_eager"), torch.no_grad():
             images = sampler.sample(
@@ -185,6 +187,29 @@ class SampleLogger(pl.Callback):
             if self.decode is not None:
                 images = self.decode(images)
         return images, None if find_ensemble(pl_module) is None else len(sampler.tickets)
+
+    def _check_labels(self, denoiser: nn.Module) -> None:
+        """Refuses labels that the denoiser has no classes for; on a GPU they would end the process's work there.
+
+        Raises:
+            ValueError: If there are such, or labels are missing.
+        """
+        labelled = takes_labels(denoiser)
+        if self.class_labels is None:
+            if labelled:
+                raise ValueError("class_labels=None: the denoiser is class-conditional. Pass class_labels=.")
+            return
+        if labelled is False:
+            raise ValueError(f"class_labels={self.class_labels}: the denoiser takes no class labels. Leave them out.")
+        told = configured_classes(denoiser)
+        if told is None:
+            return
+        name, count = told
+        # A DiT has one label more than classes, for none of them.
+        last = count if name == "num_embeds_ada_norm" else count - 1
+        labels = torch.as_tensor(self.class_labels)
+        if int(labels.min()) < 0 or int(labels.max()) > last:
+            raise ValueError(f"class_labels={self.class_labels} must lie in 0 to {last} ({name}={count}).")
 
     def _scheduler(self, module: pl.LightningModule) -> Any | None:
         """The scheduler that was given, or the module's."""

@@ -5,16 +5,16 @@ import re
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 from huggingface_hub import ModelCard
 from models import Denoiser, tiny_unet
-from samplers import cut
+from samplers import cut, whole
 from torch import nn
 
 from lightning_earlybird import TicketEnsembleSampler, TimestepPartition, __version__
 from lightning_earlybird.model_card import BEGIN, END, model_card
 from lightning_earlybird.records import EnsembleRecord, TicketFacts
-from lightning_earlybird.tickets import check_target
+from lightning_earlybird.tickets import check_target, describe_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,29 @@ def test_the_snippet_of_the_card_runs(folder, monkeypatch):
     names = {}
     exec(snippet.replace("PATH", "e").replace("sample(16", "sample(1").replace("steps=100", "steps=8"), names)
     assert names["images"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_the_snippet_of_a_class_conditional_ensemble_runs(network, tmp_path, monkeypatch):
+    labels = torch.tensor([0, 1])
+    if network == "unet":
+        found = Denoiser(
+            tiny_unet(num_class_embeds=2),
+            (torch.randn(2, 3, 8, 8), torch.tensor([5, 900])),
+            {"class_labels": labels},
+        )
+        cut(found).save_pretrained(tmp_path / "e")
+    else:
+        dit = DiTTransformer2DModel(2, 8, 3, num_layers=1, sample_size=4, num_embeds_ada_norm=2)
+        sampler = whole(dit)
+        edits = tuple({} for _ in sampler.tickets)
+        sampler.record = EnsembleRecord(describe_denoiser(dit), edits, sample_shape=(3, 4, 4))
+        sampler.save_pretrained(tmp_path / "e")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "e" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet.replace("PATH", "e").replace("sample(16", "sample(2").replace("steps=100", "steps=8"), names)
+    assert names["images"].shape[:2] == (2, 3)
 
 
 def facts_of(partition, **changes):

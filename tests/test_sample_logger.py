@@ -1,10 +1,11 @@
 """Samples in the course of a fit: the same noise, averaged weights, dense and tickets, and a training that goes on."""
 
 import copy
+import re
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.image import imread
@@ -69,6 +70,52 @@ def test_what_cannot_be_drawn_is_said_once_and_training_goes_on(tmp_path) -> Non
         trainer = fit(Lit(), EarlyBirdDetector([0.5], round_to=1), callback, max_steps=6)
     assert trainer.global_step == 6
     assert sum("cannot be shown" in str(warning.message) for warning in caught) == 1
+
+
+class Conditional(Lit):
+    def __init__(self, **settings) -> None:
+        blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
+        small = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, **blocks}
+        super().__init__(lambda: UNet2DModel(4, 1, 1, **small, **settings))
+        self.sample_shape = (1, 4, 4)
+
+    def loss(self, samples):
+        steps = torch.randint(1000, (len(samples),))
+        labels = {} if self.model.class_embedding is None else {"class_labels": steps % 2}
+        return self.model(samples, steps, **labels).sample.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "message"),
+    [
+        (2, [0, 9], r"class_labels=\[0, 9\] must lie in 0 to 1 \(num_class_embeds=2\)"),
+        (2, -1, r"class_labels=-1 must lie in 0 to 1"),
+        (2, None, "class_labels=None: the denoiser is class-conditional"),
+        (None, 0, "class_labels=0: the denoiser takes no class labels"),
+        (2, [0, 1], None),
+    ],
+)
+def test_labels_that_the_denoiser_has_no_classes_for_are_said_and_training_goes_on(
+    tmp_path, recwarn, classes, labels, message
+) -> None:
+    callback = samples(tmp_path, class_labels=labels, num_samples=2, every_n_train_steps=1, denoiser="model")
+    trainer = fit(Conditional(num_class_embeds=classes), callback, max_steps=2)
+    assert trainer.global_step == 2
+    told = [str(each.message) for each in recwarn if "no samples can be drawn" in str(each.message)]
+    assert len(told) == (message is not None)
+    assert message is None or re.search(message, told[0])
+    assert (tmp_path / "samples").exists() == (message is None)
+
+
+def test_an_index_error_of_a_network_of_ones_own_does_not_end_the_fit(tmp_path) -> None:
+    class Own(ConvNet):
+        def forward(self, x, timesteps, class_labels=None):
+            return super().forward(x, timesteps) * (1 if class_labels is None else torch.ones(2)[class_labels].sum())
+
+    callback = samples(tmp_path, class_labels=9, every_n_train_steps=1)
+    with pytest.warns(UserWarning, match="no samples can be drawn, .*index 9 is out of bounds"):
+        trainer = fit(Lit(Own), EarlyBirdDetector([0.5], round_to=1), callback, max_steps=2)
+    assert trainer.global_step == 2
 
 
 def test_a_module_without_a_scheduler_needs_one(tmp_path) -> None:

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_earlybird.arguments import check_choice, check_positive, check_state_version, reading_state, taken
+from lightning_earlybird.class_labels import configured_classes, takes_labels
 from lightning_earlybird.compilation import unwrap
 from lightning_earlybird.conversion import find_ensemble
 from lightning_earlybird.detector import EarlyBirdDetector
@@ -43,7 +44,7 @@ from lightning_earlybird.reporting import log_metrics
 from lightning_earlybird.resume import begins_anew
 from lightning_earlybird.resume.random_states import capture_random_states, restore_random_states
 from lightning_earlybird.sampler import TicketEnsembleSampler
-from lightning_earlybird.sampling import evaluating
+from lightning_earlybird.sampling import evaluating, owners_of, prepared
 from lightning_earlybird.strategy import MultiTicketStrategy
 from lightning_earlybird.writing import is_rehearsal
 
@@ -104,7 +105,8 @@ class SampleQuality(pl.Callback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: Before training, if features or reference cannot be used or the strategy shards
-            networks; in the first batch, if samples would not fit the reference.
+            networks; in the first batch, if samples would not fit the reference, or scheduler, steps or classes do not
+            suit the denoiser.
 
     Example::
 
@@ -329,6 +331,7 @@ class SampleQuality(pl.Callback):
         if sampler is None:
             return
         self._count_classes(sampler)
+        self._check_scheduler(sampler, pl_module)
         statistics = self._prepare(trainer)
         with _undisturbed(trainer):
             shape = sampler._sample_shape()
@@ -346,14 +349,14 @@ class SampleQuality(pl.Callback):
 
     def _count_classes(self, sampler: TicketEnsembleSampler) -> int | None:
         """How many classes samples are drawn of; None where the denoiser takes no labels."""
-        config = getattr(sampler.tickets[0], "config", None)
-        # A U-Net's, and a DiT's, which always takes labels.
-        told = {name: getattr(config, name, None) for name in ("num_class_embeds", "num_embeds_ada_norm")}
-        name, configured = next(((name, count) for name, count in told.items() if count is not None), ("", None))
+        denoiser = sampler.tickets[0]
+        labelled = takes_labels(denoiser)
+        name, configured = (configured_classes(denoiser) if labelled else None) or ("", None)
         if self.class_labels is None:
-            if configured is not None:
+            if labelled:
+                how = "class_embed_type" if configured is None else f"{name}={configured}"
                 raise MisconfigurationException(
-                    f"class_labels=None: the denoiser is class-conditional ({name}={configured}). Pass "
+                    f"class_labels=None: the denoiser is class-conditional ({how}). Pass "
                     "class_labels='uniform', and num_classes= where not all of them are classes."
                 )
             return None
@@ -363,7 +366,27 @@ class SampleQuality(pl.Callback):
                 "class_labels='uniform', num_classes=None: the denoiser's configuration has no num_class_embeds or "
                 "num_embeds_ada_norm, which would tell the number of classes. Pass num_classes=."
             )
-        return int(classes)
+        if labelled is False:
+            raise MisconfigurationException(
+                f"class_labels='uniform', num_classes={classes}: the denoiser takes no class labels. Leave both out."
+            )
+        if configured is not None and classes > configured:
+            raise MisconfigurationException(
+                f"num_classes={classes} must be at most {configured}, the classes of the denoiser "
+                f"({name}={configured}). Lower it, or leave it out."
+            )
+        return classes
+
+    def _check_scheduler(self, sampler: TicketEnsembleSampler, pl_module: pl.LightningModule) -> None:
+        """Sets the steps of a copy of the scheduler, as each evaluation does."""
+        scheduler = self.scheduler if self.scheduler is not None else default_scheduler(pl_module)
+        try:
+            owners_of(sampler.partition, prepared(scheduler, self.num_inference_steps))
+        except Exception as error:  # schedulers raise anything
+            raise MisconfigurationException(
+                f"num_inference_steps={self.num_inference_steps}: SampleQuality cannot sample with the scheduler "
+                f"{type(scheduler).__name__} ({error}). Change num_inference_steps= or scheduler=."
+            ) from error
 
     def _sampler(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule

@@ -65,7 +65,7 @@ def _evaluation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheduler", help="directory of a diffusers scheduler, for other betas or predictions")
     parser.add_argument("--dense", help="dense weights to compare with: Lightning checkpoint or diffusers model")
     parser.add_argument("--denoiser", help="package.module:function that builds the dense network, if not diffusers'")
-    parser.add_argument("--classes", type=int, help="number of classes, for class-conditional denoisers")
+    parser.add_argument("--classes", type=int, help="of class-conditional denoisers (default: as many as configured)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--timing-images", type=int, default=16, help="batch that sampling is timed on (default: 16)")
     parser.add_argument("--timing-repeats", type=int, default=3, help="how often; 0 leaves it out (default: 3)")
@@ -172,6 +172,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         output=options.output,
         device=chosen_device(options.device),
     )
+    classes = evaluation.count_classes(options.classes)
     extractor = load_features(options.features, options.inception_weights).to(evaluation.device)
     progress = not options.no_progress
     reference = reference_statistics(
@@ -187,7 +188,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         reference,
         num_samples=options.samples,
         batch_size=options.batch_size,
-        num_classes=options.classes,
+        num_classes=classes,
         seed=options.seed,
         timing_images=options.timing_images,
         timing_repeats=options.timing_repeats,
@@ -199,11 +200,19 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     images = read_reference(options.data, options)
+    _check_labelled("--data", options.data, images.labels)
     held_out = None
     if options.test is not None:
         # Where there are no parts, everything is called train.
         split = options.test_split or ("test" if options.test == options.data else "train")
         test = read_reference(options.test, argparse.Namespace(**{**vars(options), "split": split}))
+        _check_labelled("--test", options.test, test.labels)
+        if test.class_names != images.class_names:
+            raise ValueError(
+                f"--test {options.test} must have the classes of --data {options.data}, since labels are numbers: it "
+                f"has {_named(test.class_names)}, and --data has {_named(images.class_names)}. Give folders of the "
+                "same names."
+            )
         held_out = (test.images, test.labels)
     network = train_features(
         images.images,
@@ -222,6 +231,19 @@ def _train(options: argparse.Namespace) -> None:
         f"{network.num_features} features of {len(images.images)} images in {network.num_classes} classes{accuracy}, "
         f"{duration(time.perf_counter() - started)}: --features classifier:{options.output}\n"
     )
+
+
+def _check_labelled(option: str, source: str, labels: Any) -> None:
+    if labels is None:
+        raise ValueError(
+            f"{option} {source} has no classes: a classifier needs one folder a class, and at least two of them. "
+            "Images that lie in a single folder, or below a single one, are of no class."
+        )
+
+
+def _named(classes: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, classes[:10]))
+    return f"{shown}, ... ({len(classes)})" if len(classes) > 10 else shown or "none"
 
 
 def _measure(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_earlybird.class_labels import configured_classes, takes_labels
 from lightning_earlybird.durable import settle, written_aside
 from lightning_earlybird.evaluation.drawing import drawn, finite_uint8
 from lightning_earlybird.evaluation.features import FeatureExtractor
@@ -112,6 +113,38 @@ class Evaluation:
             device=place,
         )
 
+    def count_classes(self, given: int | None) -> int | None:
+        """How many classes samples are drawn of; None where the denoiser takes no labels.
+
+        Args:
+            given: As somebody wishes; None takes the number of the denoiser's configuration.
+
+        Raises:
+            ValueError: If the denoiser takes no labels, has fewer classes, or does not tell how many it has.
+        """
+        if given is not None and given < 1:
+            raise ValueError(f"--classes {given} must be at least 1.")
+        classes = given
+        for name, sampler in self.samplers.items():
+            network = sampler.tickets[0]
+            labelled = takes_labels(network)
+            told = configured_classes(network) if labelled else None
+            if given is not None and labelled is False:
+                raise ValueError(f"--classes {given}: the {name} network takes no class labels. Leave --classes out.")
+            if given is not None and told is not None and given > told[1]:
+                raise ValueError(
+                    f"--classes {given} must be at most {told[1]}, the classes of the {name} network "
+                    f"({told[0]}={told[1]}). Lower it."
+                )
+            if given is None and labelled:
+                if told is None:
+                    raise ValueError(
+                        f"the {name} network is class-conditional, and its configuration does not tell the number of "
+                        "classes. Pass --classes."
+                    )
+                classes = told[1] if classes is None else min(classes, told[1])
+        return classes
+
     def run(
         self,
         extractor: FeatureExtractor,
@@ -133,7 +166,7 @@ class Evaluation:
             reference: Of the images to compare with.
             num_samples: Samples of each trained model.
             batch_size: Samples drawn at once.
-            num_classes: For class-conditional denoisers.
+            num_classes: For class-conditional denoisers; None takes the number of the configuration.
             seed: Of the noise.
             kid_subsets: Subsets of KID.
             timing_images: Images of the batch that sampling is timed on.
@@ -149,6 +182,7 @@ class Evaluation:
         for name, value in (("samples", num_samples), ("batch_size", batch_size), ("steps", self.num_inference_steps)):
             if value < (2 if name == "samples" else 1):
                 raise ValueError(f"{name}={value} must be at least {2 if name == 'samples' else 1}.")
+        num_classes = self.count_classes(num_classes)
         suffix = metric_suffix(num_samples, extractor.label)
         scores: dict[str, Scores] = {}
         shown: dict[str, Tensor] = {}

@@ -308,6 +308,37 @@ def test_what_does_not_fit_is_said_in_the_first_batch() -> None:
         quality().setup(SimpleNamespace(strategy=SimpleNamespace(), fast_dev_run=False), Lit(), "fit")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_inference_steps": 5000, "scheduler": DDPMScheduler()},
+            "num_inference_steps=5000: SampleQuality cannot sample with the scheduler DDPMScheduler",
+        ),
+        ({"num_inference_steps": 5000}, "cannot sample with the scheduler SpacedDDIMScheduler"),
+        ({"scheduler": "ddim"}, "scheduler str .*without set_timesteps"),
+        (
+            {"class_labels": "uniform", "num_classes": 20},
+            r"num_classes=20 must be at most 3, .* \(num_class_embeds=3\)",
+        ),
+    ],
+)
+def test_what_cannot_be_sampled_is_said_in_the_first_batch(settings, message) -> None:
+    module = Conditional(num_class_embeds=3)
+    before = copy.deepcopy(module.model.state_dict())
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, quality(**({"class_labels": "uniform"} | settings)), max_epochs=1)
+    assert all(torch.equal(before[name], value) for name, value in module.model.state_dict().items())
+
+
+def test_fewer_classes_than_configured_are_fine_and_classes_of_an_unconditional_denoiser_are_not() -> None:
+    score = quality(class_labels="uniform", num_classes=2, num_inference_steps=1)
+    fit(Conditional(num_class_embeds=3), score, max_epochs=1)
+    assert math.isfinite(score.results[0]["fid_30_halves"])
+    with pytest.raises(MisconfigurationException, match="num_classes=2: the denoiser takes no class labels"):
+        fit(Lit(), quality(class_labels="uniform", num_classes=2), max_epochs=1)
+
+
 def test_few_samples_are_warned_of() -> None:
     with pytest.warns(
         UserWarning, match="num_samples=3 is below the 50000.*3 samples are not enough for the covariance"

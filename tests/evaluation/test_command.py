@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from lightning_earlybird.budget import draw_mask
 from lightning_earlybird.ensemble import TimestepArgument
 from lightning_earlybird.evaluation.classifier import ClassifierFeatures
 from lightning_earlybird.evaluation.command import main
-from lightning_earlybird.evaluation.report import check_output
+from lightning_earlybird.evaluation.drawing import dense_sampler
+from lightning_earlybird.evaluation.report import Evaluation, check_output
 from lightning_earlybird.regions import TimestepPartition
 from lightning_earlybird.sampler import TicketEnsembleSampler
 from lightning_earlybird.structure import attribute_edits, extract, trace_plan
@@ -217,6 +219,59 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(place: Path, tmp_path: P
     assert "have shape (1, 16, 16), and samples have (1, 8, 8)" in message
     assert "is not the directory of a diffusers scheduler" in refused(place, out, capsys, "--scheduler", str(tmp_path))
     assert not out.exists()
+
+
+def test_classes_are_those_of_the_configuration_and_others_are_refused_before_the_reference_is_read(
+    place: Path, tmp_path: Path, capsys
+) -> None:
+    unet(num_class_embeds=2).save_pretrained(tmp_path / "two")
+    unet(class_embed_type="timestep").save_pretrained(tmp_path / "open")
+    two, unknown = (os.path.relpath(tmp_path / name, place) for name in ("two", "open"))
+    assert evaluate(place, tmp_path / "a", model=two) == 0
+    assert evaluate(place, tmp_path / "b", "--classes", "2", model=two) == 0
+    assert evaluate(place, tmp_path / "c", "--classes", "1", model=two) == 0
+    capsys.readouterr()
+    first, second, third = (report(tmp_path / name)["metrics"] for name in "abc")
+    assert first == second != third
+    unread = ("--reference", str(tmp_path / "nothing"))
+    message = refused(place, tmp_path / "d", capsys, "--classes", "5", *unread, model=two)
+    assert "--classes 5 must be at most 2, the classes of the dense network (num_class_embeds=2)" in message
+    for given in ("2", "1"):
+        message = refused(place, tmp_path / "d", capsys, "--classes", given, *unread)
+        assert f"--classes {given}: the tickets network takes no class labels" in message
+    assert "--classes 0 must be at least 1" in refused(place, tmp_path / "d", capsys, "--classes", "0", model=two)
+    message = refused(place, tmp_path / "d", capsys, *unread, model=unknown)
+    assert "does not tell the number of classes. Pass --classes" in message
+    # Nothing is said of a network of one's own, which may be of any kind.
+    network = Loose()
+    evaluation = Evaluation(
+        "", {"dense": dense_sampler(network, TimestepArgument("timestep", 1), None)}, (), *[None] * 4
+    )
+    assert evaluation.count_classes(None) is None
+    assert evaluation.count_classes(7) == 7
+
+
+class Loose(nn.Module):
+    def forward(self, x, timestep, **kwargs):
+        return x
+
+
+def test_held_out_images_must_have_the_classes_of_the_others(place: Path, tmp_path: Path, capsys) -> None:
+    test = tmp_path / "test"
+    for label in ("light", "white"):
+        shutil.copytree(place / "images" / "test" / "light", test / label)
+    shutil.copytree(place / "images" / "test" / "light", tmp_path / "one" / "light")
+
+    def train(data: Path, held_out: Path) -> str:
+        arguments = ["features", "--data", str(data), "--test", str(held_out), "--channels", "L", "--width", "4"]
+        assert main([*arguments, "--device", "cpu", "--no-progress", "--output", str(tmp_path / "f.safetensors")]) == 2
+        assert not (tmp_path / "f.safetensors").exists()
+        return capsys.readouterr().err
+
+    message = train(place / "images", test)
+    assert "it has 'light', 'white', and --data has 'dark', 'light'" in message and message.count("\n") == 1
+    assert f"--test {tmp_path / 'one'} has no classes" in train(place / "images", tmp_path / "one")
+    assert "Images that lie in a single folder" in train(tmp_path / "one", test)
 
 
 def test_dense_weights_of_another_network_are_refused(place: Path, tmp_path: Path, capsys) -> None:
