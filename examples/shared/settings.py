@@ -357,16 +357,26 @@ def _check_keys(config: DictConfig, layer: DictConfig, base: Path) -> None:
     known = _keys(config)
     for key in _keys(layer):
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            # The last word of a nested key is what is usually mistyped, or remembered without its section.
-            same = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
-            raise SettingsError(
-                f"unknown key {key!r}; the nearest one is {(same or [nearest])[0]!r}. All are in {base}."
-            )
+            found = _nearest(key, config, OmegaConf.is_dict(OmegaConf.select(layer, key)))
+            raise SettingsError(f"unknown key {key!r}; the nearest one is {found!r}. All are in {base}.")
         old, new = (OmegaConf.is_dict(OmegaConf.select(node, key)) for node in (config, layer))
         if old != new:
             kind = "a section; set one of the keys in it" if old else "one value, not a section"
             raise SettingsError(f"{key!r} is {kind}. All are in {base}.")
+
+
+def _nearest(key: str, config: DictConfig, section: bool) -> str:
+    """The known section, or single value, that an unknown key is likely meant to be."""
+    known = [each for each in _keys(config) if OmegaConf.is_dict(OmegaConf.select(config, each)) == section]
+    folder, _, word = key.lower().rpartition(".")
+    words = {each: each.rpartition(".")[2].lower() for each in known}
+    # The last word of a nested key is what is usually mistyped, or remembered without its section.
+    within = [each for each in known if folder and each.startswith(f"{folder}.")]
+    if same := [each for each in (*within, *known) if words[each] == word]:
+        return same[0]
+    if within:
+        return max(within, key=lambda each: difflib.SequenceMatcher(None, words[each], word).ratio())
+    return max(known, key=lambda each: difflib.SequenceMatcher(None, each.lower(), key.lower()).ratio())
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:

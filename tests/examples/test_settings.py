@@ -96,6 +96,9 @@ def test_lists_and_strings_with_equal_signs_reach_the_configuration() -> None:
         (DIGITS, None, "seed.first=3", "'seed' is one value, not a section"),
         (DIGITS, None, "sampling.scheduler=euler", "sampling.scheduler=euler must be one of ddpm, ddim"),
         (DIGITS, None, "wandb.mode=of", "wandb.mode=of must be one of auto, online, offline, disabled"),
+        (CIFAR10, ImageSettings, "optimizer.lr=1", "the nearest one is 'optimizer.learning_rate'"),
+        (CIFAR10, ImageSettings, "optimizer.Learning_Rate=1", "the nearest one is 'optimizer.learning_rate'"),
+        (CIFAR10, ImageSettings, "Seed=1", "the nearest one is 'seed'"),
         (CIFAR10, ImageSettings, "overlap=3", "unknown key 'overlap'; the nearest one is 'pruner.overlap'"),
         (
             CIFAR10,
