@@ -19,7 +19,7 @@ from shared.sources import image_data
 def main(arguments: list[str], base: str) -> None:
     config = read_settings(CONFIGS / base, arguments, ImageSettings)
     output, checkpoint = begin(config)
-    data = image_data(config.data, output)
+    data = image_data(config.data)
     channels = data.train.images.shape[1]
     unet = build_unet(config.model, size=config.data.size, channels=channels, num_classes=data.num_classes)
     module = DiffusionModule(laid_out(unet, config.model), config.diffusion, config.optimizer)

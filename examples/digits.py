@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from shared.keepers import DenseKeeper, PhaseBar
+from shared.outputs import make_output
 from shared.reports import cost_report
 from shared.run import QUIET, begin, build_checkpoints, build_loggers, build_pruning
 from shared.settings import CONFIGS, read_settings
@@ -134,6 +135,7 @@ def main(arguments: list[str]) -> None:
         log_every_n_steps=10,
         enable_model_summary=False,
     )
+    make_output(config)
     trainer.fit(module, loader, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return  # every rank holds the ensemble now; one is enough to sample from it

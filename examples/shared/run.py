@@ -10,21 +10,24 @@ import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_earlybird import EarlyBirdDetector, TimestepAwarePruner, TimestepPartition
+from lightning_earlybird.checkpoint_files import read_checkpoint
 from lightning_earlybird.evaluation import SampleQuality
 from lightning_earlybird.reporting import ticket_table, wandb_logger
+from shared.data import ImageDataModule, look
 from shared.keepers import DenseKeeper, LogKeeper, PhaseBar
-from shared.outputs import mistakes_told, prepare_output
+from shared.outputs import make_output, mistakes_told, prepare_output
 from shared.reports import cost_report, score_table
 
 QUIET = ".*many workers|.*logs directory|.*isinstance.treespec|Checkpoint directory"
 
 
 def begin(config: DictConfig) -> tuple[Path, Path | None]:
-    """The output folder and the checkpoint to go on from; seeds everything."""
+    """The output folder, not made yet, and the checkpoint to go on from; seeds everything."""
     with mistakes_told():
         build_pruning(config, Path(config.output))  # wrong regions show before data are read
     output, checkpoint = prepare_output(config)
@@ -84,6 +87,9 @@ def train(
             ],
             enable_model_summary=False,
         )
+        make_output(config)
+        if isinstance(data, ImageDataModule) and data.train is not None and rank_zero_only.rank == 0:
+            look(data.train, output / "data.png")
         trainer.fit(module, data, ckpt_path=checkpoint)
     if trainer.is_global_zero and pruner.facts:
         for logger in loggers:
@@ -116,7 +122,7 @@ def build_loggers(config: DictConfig, output: Path, checkpoint: Path | None) -> 
     """CSV always, W&B and TensorBoard as the settings say; and the callback by which they survive a restart."""
     wandb_id = uuid.uuid4().hex[:8]
     if checkpoint is not None:  # W&B goes on with the run that it was
-        saved = torch.load(checkpoint, mmap=True, weights_only=True)["callbacks"]
+        saved = read_checkpoint(checkpoint)["callbacks"]
         wandb_id = saved.get("LogKeeper", {}).get("wandb_id", wandb_id)
     loggers: list[Logger] = [CSVLogger(output, name="", version="")]
     logs = LogKeeper(loggers[0], wandb_id)

@@ -6,7 +6,9 @@ A base file holds every key; recipes are smaller files beside it, laid over it b
 """
 
 import difflib
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,29 @@ CHOICES = {
     "sampling.scheduler": ("ddpm", "ddim"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
     "data.channels": ("RGB", "L"),
+    "diffusion.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+}
+
+
+def _whole(lowest: int, limit: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and lowest <= value < limit
+
+
+# What numbers must be, where null is not meant.
+BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (_whole(0, 2**32), "a whole number, at least 0 and below 2**32"),
+    "threads": (_whole(1), "a whole number, at least 1; or null"),
+    "data.batch_size": (_whole(1), "a whole number, at least 1"),
+    "data.num_workers": (_whole(0), "a whole number, at least 0"),
+    "optimizer.learning_rate": (lambda value: 0 < value < math.inf, "above 0, for example 2.0e-4"),
+    "optimizer.ema_decay": (lambda value: 0 <= value < 1, "at least 0 and below 1, for example 0.9999"),
+    "model.dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1, for example 0.1"),
+    "model.channels": (
+        lambda value: len(value) > 0 and all(map(_whole(1), value)),
+        "a list of one width or more, each at least 1, for example [64,128]",
+    ),
+    "model.norm_groups": (_whole(1), "a whole number, at least 1"),
+    "model.patch_size": (_whole(1), "a whole number, at least 1"),
 }
 
 
@@ -225,13 +250,18 @@ class SettingsError(Exception):
 
 
 def read_settings(base: Path, arguments: list[str], schema: type[Settings] | None = None) -> DictConfig:
-    """The settings of an example; a mistake ends the program with a sentence.
+    """The settings of an example; a mistake ends the program with a sentence, and ``--help`` with an explanation.
 
     Args:
         base: The YAML file with all keys. Recipes are files in the folder beside it that has its name.
         arguments: Of the command line: ``key=value``, and names of further YAML files.
         schema: The types of the keys; None takes the keys of ``base``, and any values.
     """
+    if {"-h", "--help"} & set(arguments):
+        print((sys.modules["__main__"].__doc__ or Path(sys.argv[0]).name).strip())
+        print(f"\nRecipes (recipe=NAME, or several with commas): {', '.join(_recipes(base)) or 'none'}.")
+        print(f"Keys, to be set by section.key=VALUE, are in {base}; those with defaults in {__file__}.")
+        sys.exit(0)
     try:
         return merge_settings(base, arguments, schema)
     except SettingsError as error:
@@ -268,13 +298,21 @@ def merge_settings(base: Path, arguments: list[str], schema: type[Settings] | No
         value = OmegaConf.select(config, key)
         if value is not None and value not in possible:
             raise SettingsError(f"{key}={value} must be one of {', '.join(possible)}.")
-    decay = OmegaConf.select(config, "optimizer.ema_decay")
-    if decay is not None and not 0 <= decay < 1:
-        raise SettingsError(f"optimizer.ema_decay={decay} must be at least 0 and below 1, for example 0.9999.")
+    for key, (fits, meant) in BOUNDS.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not _holds(fits, value):
+            raise SettingsError(f"{key}={value} must be {meant}.")
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise SettingsError(f"{', '.join(missing)}: not set; write {missing[0]}=VALUE.")
     assert isinstance(config, DictConfig)
     return config
+
+
+def _holds(fits: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return fits(value)
+    except TypeError:  # no number, in a file without types
+        return False
 
 
 def _load(path: Path) -> DictConfig:
@@ -290,36 +328,55 @@ def _load(path: Path) -> DictConfig:
 
 
 def _recipe(base: Path, name: str) -> DictConfig:
-    folder = base.with_suffix("")
-    known = sorted(each.stem for each in folder.glob("*.yaml"))
+    known = _recipes(base)
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
         hint = f"the nearest one is {nearest[0]!r}, all are {', '.join(known)}" if known else "this example has none"
         raise SettingsError(f"recipe={name}: unknown; {hint}.")
-    return _load(folder / f"{name}.yaml")
+    return _load(base.with_suffix("") / f"{name}.yaml")
+
+
+def _recipes(base: Path) -> list[str]:
+    return sorted(each.stem for each in base.with_suffix("").glob("*.yaml"))
 
 
 def _listed(names: Any) -> list[str]:
     """One name, several with commas between them, or a list."""
     if names is None:
         return []
-    return [name.strip() for name in names.split(",")] if isinstance(names, str) else [str(name) for name in names]
+    if isinstance(names, str):
+        names = names.split(",")
+    elif not OmegaConf.is_list(names):
+        names = [names]
+    # As they are written: true, not True.
+    words = [str(name).lower() if isinstance(name, bool) else str(name).strip() for name in names]
+    return [word for word in words if word]
 
 
 def _check_keys(config: DictConfig, layer: DictConfig, base: Path) -> None:
     known = _keys(config)
     for key in _keys(layer):
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            # The last word of a nested key is what is usually mistyped, or remembered without its section.
-            same = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
-            raise SettingsError(
-                f"unknown key {key!r}; the nearest one is {(same or [nearest])[0]!r}. All are in {base}."
-            )
+            found = _nearest(key, config, OmegaConf.is_dict(OmegaConf.select(layer, key)))
+            raise SettingsError(f"unknown key {key!r}; the nearest one is {found!r}. All are in {base}.")
         old, new = (OmegaConf.is_dict(OmegaConf.select(node, key)) for node in (config, layer))
         if old != new:
             kind = "a section; set one of the keys in it" if old else "one value, not a section"
             raise SettingsError(f"{key!r} is {kind}. All are in {base}.")
+
+
+def _nearest(key: str, config: DictConfig, section: bool) -> str:
+    """The known section, or single value, that an unknown key is likely meant to be."""
+    known = [each for each in _keys(config) if OmegaConf.is_dict(OmegaConf.select(config, each)) == section]
+    folder, _, word = key.lower().rpartition(".")
+    words = {each: each.rpartition(".")[2].lower() for each in known}
+    # The last word of a nested key is what is usually mistyped, or remembered without its section.
+    within = [each for each in known if folder and each.startswith(f"{folder}.")]
+    if same := [each for each in (*within, *known) if words[each] == word]:
+        return same[0]
+    if within:
+        return max(within, key=lambda each: difflib.SequenceMatcher(None, words[each], word).ratio())
+    return max(known, key=lambda each: difflib.SequenceMatcher(None, each.lower(), key.lower()).ratio())
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:

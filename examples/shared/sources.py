@@ -14,8 +14,8 @@ from shared.outputs import mistakes_told
 Data = TypeVar("Data", bound=L.LightningDataModule)
 
 
-def image_data(settings: DictConfig, output: Path) -> ImageDataModule:
-    """Images as ``DataSettings`` say, of ``path`` or else of the hub; a first look goes to ``output``."""
+def image_data(settings: DictConfig) -> ImageDataModule:
+    """Images as ``DataSettings`` say, of ``path`` or else of the hub."""
     source = settings.path or settings.hub
     if source is None:
         sys.exit(f"{_program()}: data.path=null and data.hub=null: give one of them.")
@@ -33,7 +33,6 @@ def image_data(settings: DictConfig, output: Path) -> ImageDataModule:
             limit=settings.limit,
             num_workers=settings.num_workers,
             cache_dir=settings.cache_dir,
-            first_look=output,
         )
     )
 

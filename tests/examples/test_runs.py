@@ -136,7 +136,13 @@ def test_mistakes_end_with_one_sentence_before_anything_is_made(tmp_path: Path) 
     if find_spec("torch_fidelity") is None:
         inception = ["data.path=images", "data.batch_size=2", "evaluation.features=inception"]
         mistakes.append((inception, "needs the package torch-fidelity"))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
     for arguments, message in mistakes:
-        run = run_example(tmp_path, "cifar10.py", *TINY, *arguments, expected=1)
+        run = run_example(tmp_path, "cifar10.py", *TINY, *arguments, "overwrite=true", expected=1)
         assert message in run.stderr
         assert "Traceback" not in run.stderr
+        if "evaluation.features=inception" not in arguments:  # which is looked for when the fit begins
+            assert last.exists()
+            assert [path.name for path in last.parents[1].iterdir()] == ["checkpoints"]

@@ -1,6 +1,7 @@
 """Settings of the examples: files, recipes and overrides, typed and checked."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_recipes_are_combined_in_their_order() -> None:
     assert (config.data.labels, config.data.limit, config.output) == (True, 4096, "runs/cifar10-conditional")
     again = merge_settings(CIFAR10, ["recipe=[conditional,smoke]"], ImageSettings)
     assert (again.data.labels, again.output) == (True, "runs/cifar10-smoke")
+    assert merge_settings(CIFAR10, ["recipe=smoke,"], ImageSettings).output == "runs/cifar10-smoke"
 
 
 def test_lists_and_strings_with_equal_signs_reach_the_configuration() -> None:
@@ -94,6 +96,9 @@ def test_lists_and_strings_with_equal_signs_reach_the_configuration() -> None:
         (DIGITS, None, "seed.first=3", "'seed' is one value, not a section"),
         (DIGITS, None, "sampling.scheduler=euler", "sampling.scheduler=euler must be one of ddpm, ddim"),
         (DIGITS, None, "wandb.mode=of", "wandb.mode=of must be one of auto, online, offline, disabled"),
+        (CIFAR10, ImageSettings, "optimizer.lr=1", "the nearest one is 'optimizer.learning_rate'"),
+        (CIFAR10, ImageSettings, "optimizer.Learning_Rate=1", "the nearest one is 'optimizer.learning_rate'"),
+        (CIFAR10, ImageSettings, "Seed=1", "the nearest one is 'seed'"),
         (CIFAR10, ImageSettings, "overlap=3", "unknown key 'overlap'; the nearest one is 'pruner.overlap'"),
         (
             CIFAR10,
@@ -122,6 +127,22 @@ def test_lists_and_strings_with_equal_signs_reach_the_configuration() -> None:
         (CIFAR10, ImageSettings, "other.yaml", "'other.yaml' is neither key=value nor a YAML file that exists"),
         (CIFAR10, ImageSettings, "seed=[1", "is not key=value"),
         (DIGITS, None, "recipe=smoke", "unknown; this example has none"),
+        (CIFAR10, ImageSettings, "recipe=true", "recipe=true: unknown; the nearest one is .* all are "),
+        (CIFAR10, ImageSettings, "recipe=5", "recipe=5: unknown; the nearest one is .* all are "),
+        (CIFAR10, ImageSettings, "data.batch_size=0", "data.batch_size=0 must be a whole number, at least 1"),
+        (CIFAR10, ImageSettings, "data.num_workers=-1", "data.num_workers=-1 must be a whole number, at least 0"),
+        (CIFAR10, ImageSettings, "seed=-1", "seed=-1 must be a whole number, at least 0 and below"),
+        (CIFAR10, ImageSettings, "threads=0", "threads=0 must be a whole number, at least 1; or null"),
+        (CIFAR10, ImageSettings, "optimizer.learning_rate=0", "optimizer.learning_rate=0.0 must be above 0"),
+        (CIFAR10, ImageSettings, "optimizer.learning_rate=nan", "optimizer.learning_rate=nan must be above 0"),
+        (CIFAR10, ImageSettings, "diffusion.beta_schedule=cosine", "cosine must be one of linear, scaled_linear"),
+        (CIFAR10, ImageSettings, "model.dropout=1", "model.dropout=1.0 must be at least 0 and below 1"),
+        (CIFAR10, ImageSettings, "model.channels=[]", r"model.channels=\[\] must be a list of one width or more"),
+        (CIFAR10, ImageSettings, "model.norm_groups=0", "model.norm_groups=0 must be a whole number, at least 1"),
+        (CONFIGS / "latent.yaml", LatentImageSettings, "model.patch_size=0", "model.patch_size=0 must be a whole"),
+        (DIGITS, None, "data.batch_size=0", "data.batch_size=0 must be a whole number, at least 1"),
+        (DIGITS, None, "optimizer.learning_rate=fast", "optimizer.learning_rate=fast must be above 0"),
+        (DIGITS, None, "model.channels=32", "model.channels=32 must be a list of one width or more"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error_that_says_what_to_write(
@@ -145,3 +166,16 @@ def test_the_program_ends_with_the_sentence_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.argv", ["examples/cifar10.py"])
     with pytest.raises(SystemExit, match=r"^cifar10.py: unknown key 'sed'; the nearest one is 'seed'"):
         read_settings(CIFAR10, ["sed=1"], ImageSettings)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_says_what_there_is(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "What the script does.")
+    with pytest.raises(SystemExit) as ended:
+        read_settings(CIFAR10, ["seed=1", flag], ImageSettings)
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for each in ("What the script does.", "conditional, cpu, dense, smoke", str(CIFAR10)):
+        assert each in said
