@@ -18,20 +18,25 @@ hypothesis.settings.load_profile("suite")
 
 # What Lightning's launchers of several processes leave behind: whoever inherits it takes itself for one of their ranks.
 RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What W&B leaves behind: processes that inherit it share the service of this one, which goes on without it.
-SERVICE = "WANDB_SERVICE"
+# What W&B, and Lightning's logger for it, leave behind: processes that inherit it share the service of this one, which
+# goes on without it, and stay offline whatever they are told.
+WANDB = {name: os.environ.get(name) for name in ("WANDB_SERVICE", "WANDB_MODE")}
 
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_a_world_behind() -> Iterator[None]:
     """Fits of one process under a strategy for several neither launch other tests' processes nor warn in them."""
-    os.environ.pop(SERVICE, None)  # which a fixture of the module may have set
-    before = {name: os.environ.get(name) for name in (*RANKS, SERVICE)}
+    before = {name: os.environ.get(name) for name in RANKS}
+    _restore(WANDB)  # a fixture of the module may have left it
     yield
+    _restore(before | WANDB)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _restore(before: dict[str, str | None]) -> None:
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
